@@ -1,0 +1,45 @@
+"""Does a sample show what its prompt says? Retrieval among the pictures of a data set, and sharpness."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from asymflow_ft.components.color import PixelCodec
+
+_OKLAB = PixelCodec(space="oklab", mean=(0.0, 0.0, 0.0), std=1.0)
+
+
+def to_rgb(image: Image.Image) -> torch.Tensor:
+    """PIL picture -> (3, H, W) in [-1, 1]."""
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def thumbnails(images: Sequence[Image.Image], size: int = 32) -> torch.Tensor:
+    """Oklab, area-averaged to (N, 3, size, size): what a person sees at a glance."""
+    return torch.stack([F.adaptive_avg_pool2d(_OKLAB.encode(to_rgb(image)[None])[0], size) for image in images])
+
+
+def retrieval_rank(samples: Sequence[Image.Image], gallery: torch.Tensor, targets: Sequence[int]) -> torch.Tensor:
+    """How many gallery pictures are nearer to each sample than the right one is; 0 is a direct hit.
+
+    Args:
+        samples: N generated pictures. gallery: (M, 3, S, S) thumbnails. targets: N indices into the gallery.
+
+    Returns:
+        (N,) int64. Retrieval@5 is the share of ranks below 5.
+    """
+    distance = torch.cdist(thumbnails(samples, gallery.shape[-1]).flatten(1), gallery.flatten(1))
+    right = distance.gather(1, torch.as_tensor(targets)[:, None])
+    return (distance < right).sum(1)
+
+
+def sharpness(images: Sequence[Image.Image]) -> float:
+    """Mean absolute difference between neighbouring pixels' lightness (Oklab L, 0 to 1), times 100."""
+    total = 0.0
+    for image in images:
+        light = _OKLAB.encode(to_rgb(image)[None])[0, 0]
+        total += ((light.diff(dim=0).abs().mean() + light.diff(dim=1).abs().mean()) / 2).item()
+    return 100 * total / len(images)

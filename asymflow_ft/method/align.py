@@ -1,0 +1,125 @@
+"""Fit the subspace: orthogonal Procrustes from latent to pixel tokens, or PCA of pixel tokens.
+
+Both need only sums over tokens, so images stream through in constant memory and sums of several processes add up.
+"""
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Grams:
+    """Sums over M tokens in float64: pixel (D, D) = X^T X, cross (R, D) = Z^T X, latent (R, R) = Z^T Z, tokens = M."""
+
+    pixel: Tensor
+    cross: Tensor
+    latent: Tensor
+    tokens: Tensor
+
+    @staticmethod
+    def zeros(pixel_dim: int, rank: int) -> "Grams":
+        """Empty sums for D = pixel_dim and R = rank.
+
+        Raises:
+            ValueError: fewer pixel values than latent values per token.
+        """
+        if pixel_dim < rank:
+            raise ValueError(
+                f"a pixel patch of {pixel_dim} values cannot hold latent tokens of rank {rank}; use a larger patch"
+            )
+        zeros = [torch.zeros(shape, dtype=torch.float64) for shape in ((pixel_dim,) * 2, (rank, pixel_dim), (rank,) * 2)]
+        return Grams(*zeros, tokens=torch.zeros((), dtype=torch.float64))
+
+    def update(self, z: Tensor, x: Tensor) -> None:
+        """Add paired tokens z (..., N, R) and x (..., N, D); uncentred, as the method asks."""
+        z, x = z.flatten(0, -2).to(self.pixel), x.flatten(0, -2).to(self.pixel)
+        if z.shape != (len(x), self.latent.shape[0]) or x.shape[1] != self.pixel.shape[0]:
+            raise ValueError(
+                f"latent tokens {tuple(z.shape)} and pixel tokens {tuple(x.shape)} do not pair up with rank "
+                f"{self.latent.shape[0]} and {self.pixel.shape[0]} pixel values"
+            )
+        self.pixel += x.mT @ x
+        self.cross += z.mT @ x
+        self.latent += z.mT @ z
+        self.tokens += len(x)
+
+    def tensors(self) -> list[Tensor]:
+        """The sums, in field order; adding another process's list in place merges the two."""
+        return [getattr(self, field.name) for field in fields(self)]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """basis (D, R) and scale (), float64; singular_values (R,) of the cross Gram, descending."""
+
+    basis: Tensor
+    scale: Tensor
+    singular_values: Tensor
+
+
+def procrustes(grams: Grams) -> Fit:
+    """argmin over A^T A = I of ||X - Z A^T||, and the scale s = ||X A|| / ||Z|| (paper Eqs. 9-10).
+
+    With Z^T X = U S V^T, A = V U^T: a polar factor, so it has no free sign. s is a ratio of norms, not the
+    least-squares scale.
+
+    Raises:
+        ValueError: no tokens, non-finite sums, or latents that do not determine all R directions.
+    """
+    if not all(torch.isfinite(t).all() for t in grams.tensors()):
+        raise ValueError("the sums over the images contain NaN or infinity; check the VAE's precision and the images")
+    left, singular, right = torch.linalg.svd(grams.cross, full_matrices=False)
+    if not singular[-1] > singular[0] * 1e-10:
+        raise ValueError(
+            f"{int(grams.tokens)} tokens determine only {int((singular > singular[0] * 1e-10).sum())} of "
+            f"{len(singular)} directions; align with more, or more varied, images"
+        )
+    basis = right.mT @ left.mT
+    scale = ((basis.mT @ grams.pixel @ basis).trace() / grams.latent.trace()).sqrt()
+    return Fit(basis=basis, scale=scale, singular_values=singular)
+
+
+def pca(pixel_gram: Tensor, rank: int) -> Tensor:
+    """(D, rank) eigenvectors of the largest eigenvalues of X^T X (D, D), ascending; for training from scratch.
+
+    Raises:
+        ValueError: rank not in 1..D.
+    """
+    if not 1 <= rank <= len(pixel_gram):
+        raise ValueError(f"rank {rank} is not between 1 and the {len(pixel_gram)} values of a pixel patch")
+    return torch.linalg.eigh(pixel_gram).eigenvectors[:, -rank:]
+
+
+def bottleneck_weight(weight: Tensor, basis: Tensor) -> Tensor:
+    """JiT patch embedding (b, 3, p, p) whose first R filters are the PCA basis (D, R), channel-last features.
+
+    The gain sqrt(2 D / (D + b)) gives them the size of the Xavier initialisation that they replace.
+    """
+    filters, channels, patch, _ = weight.shape
+    dim, rank = basis.shape
+    gain = (2 * dim / (dim + filters)) ** 0.5
+    lifted = basis.mT.reshape(rank, patch, patch, channels).permute(0, 3, 1, 2) * gain
+    return torch.cat([lifted.to(weight), weight[rank:]])
+
+
+def explained_energy(grams: Grams, fit: Fit, rotation: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Energy of every pixel feature, and of what the lift s A z leaves of it: two (D,) vectors, mean per token.
+
+    Args:
+        rotation: (D, D) orthonormal rows; measures in another basis of the patch, such as its cosine transform.
+    """
+    turn = torch.eye(len(grams.pixel), dtype=torch.float64) if rotation is None else rotation.double()
+    basis, cross = turn @ fit.basis * fit.scale, grams.cross @ turn.mT
+    total = ((turn @ grams.pixel) * turn).sum(1)
+    left = total - 2 * (cross.mT * basis).sum(1) + ((basis @ grams.latent) * basis).sum(1)
+    return total / grams.tokens, left / grams.tokens
+
+
+def patch_dct(patch: int) -> Tensor:
+    """(p**2, p**2) orthonormal cosine transform of a p x p patch; row u * p + v is frequency (u, v)."""
+    k = torch.arange(patch, dtype=torch.float64)
+    one = torch.cos(torch.pi * (k + 0.5) * k[:, None] / patch) * (2 / patch) ** 0.5
+    one[0] /= 2**0.5
+    return torch.kron(one, one)
