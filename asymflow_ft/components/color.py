@@ -63,14 +63,15 @@ class PixelCodec(ModelMixin, ConfigMixin):
             raise ValueError(f"pixel space {space!r} is unknown; use 'oklab' or 'rgb'")
         if not std > 0 or len(mean) != 3:
             raise ValueError(f"the affine map needs three means and a positive std, got mean {mean}, std {std}")
-        # Not a weight: following `.to()` would need a buffer, and a bf16 codec would be wrong by 0.4 %.
         self.space, self.mean, self.std = space, tuple(mean), float(std)
+        # diffusers saves no model without tensors. Nothing reads this one: `.to(bfloat16)` would round it by 0.4 %.
+        self.register_buffer("affine", torch.tensor([*mean, std]))
 
     def _mean(self, image: torch.Tensor) -> torch.Tensor:
         return torch.tensor(self.mean, dtype=image.dtype, device=image.device)[:, None, None]
 
     def encode(self, rgb: torch.Tensor) -> torch.Tensor:
-        """RGB in [-1, 1], (B, 3, H, W) -> pixel space, same shape. Values outside the range are mapped, not clamped."""
+        """RGB in [-1, 1], (B, 3, H, W) -> pixel space, same shape; values outside that range are not clamped."""
         rgb = _at_least_float32(rgb)
         if self.space == "rgb":
             return (rgb - self._mean(rgb)) / self.std

@@ -1,0 +1,41 @@
+"""One module per family of bases; docs/design.md says what a module provides."""
+
+from types import ModuleType
+
+import torch
+from diffusers import DiffusionPipeline
+
+from asymflow_ft.families import flux2
+from asymflow_ft.families.base import load_index
+
+_MODULES = (flux2,)
+
+
+def family_of(base: str, revision: str | None = None) -> ModuleType:
+    """The family module that converts a base, by the pipeline class in its model_index.json.
+
+    Raises:
+        ValueError: the base cannot be read, or no family converts its class.
+    """
+    name = load_index(base, revision)["_class_name"]
+    for module in _MODULES:
+        if name in module.PIPELINES:
+            return module
+    known = ", ".join(name for module in _MODULES for name in module.PIPELINES)
+    raise ValueError(f"{base} is a {name}; asymflow-ft converts {known}")
+
+
+def load_pixel_pipeline(path: str, dtype: torch.dtype) -> DiffusionPipeline:
+    """A converted pipeline from a folder or the Hub.
+
+    Raises:
+        ValueError: it cannot be read, or is no converted pipeline.
+    """
+    name = load_index(path)["_class_name"]
+    for module in _MODULES:
+        for kind in module.PIXEL_PIPELINES:
+            if kind.__name__ == name:
+                return kind.from_pretrained(path, dtype=dtype)
+    raise ValueError(
+        f"{path} is a {name}, not a pixel pipeline; convert it first with `asymflow-ft align` and `finetune`"
+    )

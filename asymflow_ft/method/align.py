@@ -29,8 +29,12 @@ class Grams:
             raise ValueError(
                 f"a pixel patch of {pixel_dim} values cannot hold latent tokens of rank {rank}; use a larger patch"
             )
-        zeros = [torch.zeros(shape, dtype=torch.float64) for shape in ((pixel_dim,) * 2, (rank, pixel_dim), (rank,) * 2)]
-        return Grams(*zeros, tokens=torch.zeros((), dtype=torch.float64))
+        return Grams(
+            pixel=torch.zeros(pixel_dim, pixel_dim, dtype=torch.float64),
+            cross=torch.zeros(rank, pixel_dim, dtype=torch.float64),
+            latent=torch.zeros(rank, rank, dtype=torch.float64),
+            tokens=torch.zeros((), dtype=torch.float64),
+        )
 
     def update(self, z: Tensor, x: Tensor) -> None:
         """Add paired tokens z (..., N, R) and x (..., N, D); uncentred, as the method asks."""

@@ -107,7 +107,9 @@ def latent_state(z0: Tensor, eps: Tensor, sigma: Tensor, basis: Tensor, scale: T
     return torch.lerp(z0.to(basis), eps.to(basis) @ basis, tau), tau
 
 
-def lift_weights(weight_in: Tensor, weight_out: Tensor, bias_out: Tensor | None, basis: Tensor) -> tuple[Tensor, ...]:
+def lift_weights(
+    weight_in: Tensor, weight_out: Tensor, bias_out: Tensor | None, basis: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Fold the basis into the end layers of a latent network: W_in A^T, A W_out, A b_out (paper section 4.2).
 
     Args:

@@ -37,8 +37,14 @@ def fade(sigma: Tensor, kappa: float | None) -> Tensor:
 
 
 def variance_reduced_target(
-    x0: Tensor, x0_hat: Tensor, x_low: Tensor, x_low_hat: Tensor, sigma: Tensor, kappa: float | None = 0.3, channels: int = 3
-) -> Target:  # fmt: skip
+    x0: Tensor,
+    x0_hat: Tensor,
+    x_low: Tensor,
+    x_low_hat: Tensor,
+    sigma: Tensor,
+    kappa: float | None = 0.3,
+    channels: int = 3,
+) -> Target:
     """Clean target less the noise that the frozen reference also failed to predict.
 
     The reference sees the lifted image under the same noise; its residual x_low - x_low_hat correlates with the

@@ -40,7 +40,8 @@ def denoise(
     Args:
         velocity: (x (B, ...), sigma ()) -> guided velocity (B, ...).
         x: noise N(0, 1), (B, ...), float32. solver: prepared by `prepare_solver` with the same sigmas.
-        sigmas: (steps + 1,) from 1 to 0. on_step: called with (step index, new state), returns the state to go on with.
+        sigmas: (steps + 1,) from 1 to 0.
+        on_step: called with (step index, new state), returns the state to go on with.
 
     Returns:
         The clean state (B, ...).

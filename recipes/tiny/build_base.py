@@ -124,7 +124,9 @@ def build_vae(images: torch.Tensor, work: Path) -> AutoencoderKLFlux2:
         vae.bn.running_var.copy_(packed.var((0, 2, 3)))
         mse = torch.cat([(vae.decode(vae.encode(x).latent_dist.mean).sample.clamp(-1, 1) - x).square().mean((1, 2, 3))
                          for x in images.split(16)])  # fmt: skip
-        print(f"VAE reconstruction: {(10 * torch.log10(4 / mse)).mean():.2f} dB PSNR, mean over {len(images)} pictures")
+        print(
+            f"VAE reconstruction: {(10 * torch.log10(4 / mse)).mean():.2f} dB PSNR, mean over {len(images)} pictures"
+        )
     return vae.eval()
 
 
@@ -132,9 +134,9 @@ def build_text(captions: list[str]) -> tuple[Qwen3ForCausalLM, Qwen2TokenizerFas
     """A byte-level BPE over the captions, and a random Qwen3 whose residual stream keeps each token's identity."""
     bpe = Tokenizer(models.BPE())
     bpe.normalizer = normalizers.NFC()
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )  # fmt: skip
+    split = pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
     bpe.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -204,7 +206,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="states of the unfinished parts")
     parser.add_argument("--out", type=Path, required=True, help="folder of the finished pipeline (half precision)")
-    parser.add_argument("--steps", type=int, default=4000, help="transformer steps of 64 pictures")
+    parser.add_argument("--steps", type=int, default=3100, help="transformer steps of 64 pictures")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

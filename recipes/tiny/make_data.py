@@ -52,10 +52,10 @@ def candidates() -> list[tuple[str, str]]:
     """(character, caption) of every single-code-point emoji inside BLOCKS, in code point order."""
     found = {}
     for text, data in emoji.EMOJI_DATA.items():
-        bare = text.removesuffix("️")
+        bare = text.removesuffix("\ufe0f")
         inside = len(bare) == 1 and any(low <= ord(bare) <= high for low, high in BLOCKS)
         if inside and data["status"] == emoji.STATUS["fully_qualified"]:
-            found[bare] = data["en"].strip(":").replace("_", " ").replace("’", "'")
+            found[bare] = data["en"].strip(":").replace("_", " ").replace("\u2019", "'")
     return sorted(found.items())
 
 

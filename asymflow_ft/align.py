@@ -1,0 +1,211 @@
+"""Fit the pixel subspace of a base from images, and report how well it carries them."""
+
+import itertools
+import json
+import random
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType
+
+import matplotlib
+import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from asymflow_ft.components.color import PixelCodec
+from asymflow_ft.components.subspace import PixelSubspace, orthonormality_error
+from asymflow_ft.data.prepare import bucket_size, fit_image, to_tensor
+from asymflow_ft.data.source import Source, UnreadableImage
+from asymflow_ft.method.align import Fit, Grams, explained_energy, patch_dct, procrustes
+from asymflow_ft.method.asymflow import lift
+from asymflow_ft.method.patches import to_image, to_tokens
+from asymflow_ft.training.checkpoint import write_json
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+EXAMPLES = 6
+
+
+@dataclass(frozen=True)
+class Report:
+    """What report.json holds. Explained shares are 1 - |x - s A z|^2 / |x|^2, about the codec's mean colour."""
+
+    base: str
+    images: int
+    unreadable: list[str]
+    tokens: int
+    patch: int
+    rank: int
+    scale: float
+    orthonormality_error: float
+    latent_shift: float
+    pixel_shift: float
+    explained_total: float
+    explained_by_channel: dict[str, float]
+    explained_by_frequency: dict[str, float]
+    energy_by_frequency: dict[str, float]
+    singular_values: list[float]
+
+
+@torch.no_grad()
+def align(
+    base: str,
+    family: ModuleType,
+    source: Source,
+    codec: PixelCodec,
+    out: Path,
+    num_images: int = 1000,
+    resolution: int = 1024,
+    revision: str | None = None,
+    seed: int = 0,
+) -> Report:
+    """Stream images through the base's VAE, fit basis and scale, and write `out`: the subspace, report.json and .png.
+
+    Under `accelerate launch` each process takes its share of the images and the sums are added.
+
+    Raises:
+        ValueError: the base cannot be read, no image can, or the latents do not determine the basis.
+    """
+    state = PartialState()
+    with state.main_process_first():
+        parts = family.load_parts(base, ("vae", "scheduler"), torch.float32, revision)
+    vae = parts.vae.to(state.device)
+    patch, rank = family.pixel_patch(vae), family.latent_dim(vae)
+    chosen = random.Random(seed).sample(range(len(source)), min(num_images, len(source)))
+    grams, unreadable, examples = Grams.zeros(3 * patch**2, rank), [], []
+    for row in tqdm(
+        chosen[state.process_index :: state.num_processes], desc="align", disable=not state.is_main_process
+    ):
+        try:
+            image, _ = source.image(row)
+        except UnreadableImage as error:
+            unreadable.append(str(error))
+            continue
+        rgb = to_tensor(fit_image(image, bucket_size(*image.size, resolution, patch)))[None]
+        generator = torch.Generator(state.device).manual_seed(seed + row)
+        z = family.encode_latents(vae, rgb, generator).cpu()
+        grams.update(z, to_tokens(codec.encode(rgb), patch))
+        if len(examples) < EXAMPLES:
+            examples.append((rgb, z))
+    sums = [tensor.copy_(reduce(tensor.to(state.device)).cpu()) for tensor in grams.tensors()]
+    if not sums[-1]:
+        raise ValueError(f"none of the {len(chosen)} images could be read, first: {unreadable[0]}")
+
+    fit = procrustes(grams)
+    subspace = PixelSubspace.from_fit(fit.basis, fit.scale)
+    shift = family.latent_shift(parts)
+    report = Report(
+        base=base, images=len(chosen) - len(unreadable), unreadable=unreadable, tokens=int(grams.tokens), patch=patch,
+        rank=rank, scale=fit.scale.item(), orthonormality_error=orthonormality_error(subspace.basis),
+        latent_shift=shift, pixel_shift=shift * fit.scale.item(), **_energy(grams, fit, patch, codec),
+        singular_values=fit.singular_values.tolist(),
+    )  # fmt: skip
+    if state.is_main_process:
+        out.mkdir(parents=True, exist_ok=True)
+        subspace.save_pretrained(out)
+        write_json(out / "report.json", asdict(report))
+        _draw(out / "report.png", report, _strip(family, vae, codec, subspace, examples))
+    state.wait_for_everyone()
+    return report
+
+
+def load_report(folder: str | Path) -> dict[str, float]:
+    """report.json beside a subspace, or {} where there is none (an official file has no report)."""
+    file = Path(folder) / "report.json"
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def _energy(grams: Grams, fit: Fit, patch: int, codec: PixelCodec) -> dict[str, object]:
+    """Explained shares per channel and per spatial frequency of the patch (cosine transform, octaves)."""
+    per_channel = patch_dct(patch)
+    total, left = (
+        part.unflatten(0, (3, patch, patch))
+        for part in explained_energy(grams, fit, torch.block_diag(per_channel, per_channel, per_channel))
+    )
+    frequency = torch.maximum(torch.arange(patch)[:, None], torch.arange(patch)[None])
+    edges = [0, 1, *(2**i for i in range(1, patch.bit_length()))]
+    bands = {}
+    for low, high in itertools.pairwise(edges):
+        name = "mean" if high == 1 else f"{low}" if high == low + 1 else f"{low}-{high - 1}"
+        bands[name] = (frequency >= low) & (frequency < high)
+    names = ("L", "a", "b") if codec.space == "oklab" else ("R", "G", "B")
+    return {
+        "explained_total": 1 - (left.sum() / total.sum()).item(),
+        "explained_by_channel": {n: 1 - (left[i].sum() / total[i].sum()).item() for i, n in enumerate(names)},
+        "explained_by_frequency": {n: 1 - (left[:, m].sum() / total[:, m].sum()).item() for n, m in bands.items()},
+        "energy_by_frequency": {n: (total[:, m].sum() / total.sum()).item() for n, m in bands.items()},
+    }
+
+
+Example = tuple[Tensor, Tensor]
+
+
+def _strip(
+    family: ModuleType, vae: torch.nn.Module, codec: PixelCodec, subspace: PixelSubspace, examples: list[Example]
+) -> dict[str, list[Image.Image]]:
+    """Example pictures by row: original, VAE decode, lift, residual (original - lift, about grey)."""
+    rows: dict[str, list[Image.Image]] = {"original": [], "VAE decode": [], "rank-R lift": [], "residual": []}
+    patch = subspace.config["patch"]
+    for rgb, z in examples:
+        grid = (rgb.shape[-2] // patch, rgb.shape[-1] // patch)
+        lifted = codec.decode(to_image(lift(z, *subspace.float32()), grid, patch))
+        pictures = (rgb, family.decode_latents(vae, z, grid).cpu(), lifted, (rgb - lifted) / 2)
+        for row, picture in zip(rows.values(), pictures, strict=True):
+            row.append(to_picture(picture[0]))
+    return rows
+
+
+def to_picture(rgb: Tensor) -> Image.Image:
+    """(3, H, W) in [-1, 1] -> RGB picture."""
+    return Image.fromarray(((rgb.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy())
+
+
+def _draw(file: Path, report: Report, rows: dict[str, list[Image.Image]]) -> None:
+    figure = plt.figure(figsize=(12, 12), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=(1, 2.4))
+    spectrum, energy, channels = top.subplots(1, 3)
+    spectrum.semilogy(report.singular_values)
+    spectrum.set(title="Singular values of the cross Gram", xlabel="direction", ylabel="value")
+    places = range(len(report.energy_by_frequency))
+    energy.bar([x - 0.2 for x in places], report.energy_by_frequency.values(), 0.4, label="share of pixel energy")
+    energy.bar([x + 0.2 for x in places], report.explained_by_frequency.values(), 0.4, label="explained by s A z")
+    energy.set_xticks(list(places), list(report.energy_by_frequency))
+    energy.set(title="By spatial frequency inside a patch", xlabel="cosine index", ylim=(-0.25, 1.05))
+    energy.legend()
+    channels.bar(
+        ["total", *report.explained_by_channel], [report.explained_total, *report.explained_by_channel.values()]
+    )
+    channels.set(title="Explained by s A z, by channel", ylim=(-0.25, 1.05))
+    for axes in (energy, channels):
+        axes.axhline(0, color="black", linewidth=0.5)
+    columns = max(len(pictures) for pictures in rows.values())
+    grid = bottom.subplots(len(rows), columns, squeeze=False)
+    for axes_row, (name, pictures) in zip(grid, rows.items(), strict=True):
+        for axes in axes_row:
+            axes.axis("off")
+        for axes, picture in zip(axes_row, pictures, strict=False):
+            axes.imshow(picture)
+        axes_row[0].set_title(name, loc="left")
+    figure.suptitle(
+        f"{report.base}: s = {report.scale:.4f}, s A z explains {report.explained_total:.1%} of the energy of "
+        f"{report.images} images; pixel shift {report.pixel_shift:.2f} = s x {report.latent_shift:g}"
+    )
+    figure.savefig(file, dpi=90)
+    plt.close(figure)
+
+
+def describe(report: Report) -> str:
+    """The report in a few lines for a terminal."""
+    bands = ", ".join(f"{name} {share:.0%}" for name, share in report.explained_by_frequency.items())
+    lost = f"; {len(report.unreadable)} unreadable, first: {report.unreadable[0]}" if report.unreadable else ""
+    return (
+        f"{report.images} images, {report.tokens} tokens: "
+        f"{3 * report.patch**2} pixel values -> rank {report.rank}{lost}\n"
+        f"scale s = {report.scale:.4f}, orthonormality error {report.orthonormality_error:.1e}\n"
+        f"s A z explains {report.explained_total:.1%} of the pixel energy (by frequency in the patch: {bands})\n"
+        f"recommended pixel shift {report.pixel_shift:.2f} = s x the base's latent shift {report.latent_shift:g}"
+    )

@@ -1,0 +1,208 @@
+"""Text to image in pixel space: what every family's pipeline shares. A family adds its parts and its network call."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import UniPCMultistepScheduler
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+from torch import Tensor
+
+from asymflow_ft.components.color import PixelCodec
+from asymflow_ft.components.subspace import Cond, PixelModel
+from asymflow_ft.method.guidance import clamp_velocity, guide
+from asymflow_ft.method.noise import dynamic_shift, inference_sigmas
+from asymflow_ft.method.patches import to_image, to_tokens
+from asymflow_ft.method.sampling import denoise, prepare_solver
+
+NEGATIVE_PROMPT = "Low quality, worst quality, blurry, deformed, bad anatomy, unclear text"
+
+
+def flow_solver() -> UniPCMultistepScheduler:
+    """UniPC for flow matching; the pipeline computes the shifted levels itself, so `flow_shift` stays 1."""
+    return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0)
+
+
+class PixelPipelineMixin:
+    """`__call__` for a pixel-space text-to-image pipeline.
+
+    The class that mixes it in registers `transformer`, `subspace`, `codec` and `scheduler`, has `encode_prompt`, the
+    static method `predict` (see PixelModel), and the config entries
+
+    - shift, shift_mode: timestep shift at `base_pixels`; "static" everywhere, or "sqrt" / "exp" with the size
+    - base_pixels, max_pixels, max_shift: the second anchor of a dynamic shift
+    - default_size: side of an image when height and width are not given
+    - max_sequence_length: text tokens
+    """
+
+    model_cpu_offload_seq = "text_encoder->transformer"
+    _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
+    predict: Callable[..., Tensor]
+
+    @property
+    def pixel_model(self: Any) -> PixelModel:
+        return PixelModel(self.transformer, self.subspace, type(self).predict)
+
+    def shift_at(self: Any, height: int, width: int) -> float:
+        """The timestep shift that the pipeline's config gives for an image size."""
+        c = self.config
+        if c.shift_mode == "static":
+            return c.shift
+        return dynamic_shift(height * width, c.shift_mode, c.base_pixels, c.shift, c.max_pixels, c.max_shift)
+
+    @torch.no_grad()
+    def __call__(
+        self: Any,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] = "",
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 38,
+        guidance_scale: float = 4.0,
+        orthogonal_guidance: float = 1.0,
+        clamp: bool = True,
+        shift: float | None = None,
+        image: Image.Image | list[Image.Image] | None = None,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor]] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 the diffusers signature
+        max_sequence_length: int | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Draw images.
+
+        Args:
+            prompt, negative_prompt: one or a list; a single negative prompt serves all. Or pass `prompt_embeds`
+                (B, L, E) and `negative_prompt_embeds`.
+            height, width: pixels, multiples of the patch (16).
+            num_inference_steps: solver steps; 38 is the released default, 32 the paper's.
+            guidance_scale: above 1 adds an unconditional pass per step. orthogonal_guidance: 0 = plain guidance,
+                1 = remove its part along the clean estimate.
+            clamp: keep every step's clean estimate inside the display gamut.
+            shift: timestep shift; None takes the pipeline's own for this size.
+            image: condition images (an experimental path: conversion does not train it).
+            generator: CPU or device generator(s) for the noise. latents: the noise itself, (B, 3, H, W) N(0, 1).
+            output_type: "pil", "np", "pt" ((B, 3, H, W) in [0, 1]) or "latent" (pixel space, not decoded).
+            callback_on_step_end: as in diffusers.
+
+        Returns:
+            The family's output class with `.images`, or a tuple with them.
+
+        Raises:
+            ValueError: sizes that the patch does not divide, both or neither of prompt and prompt_embeds, noise or
+                embeddings of another shape.
+        """
+        patch = self.subspace.config["patch"]
+        height, width = height or self.config.default_size, width or self.config.default_size
+        if height % patch or width % patch:
+            raise ValueError(
+                f"height {height} and width {width} must be multiples of {patch}; "
+                f"the nearest are {max(round(height / patch), 1) * patch} and {max(round(width / patch), 1) * patch}"
+            )
+        if (prompt is None) == (prompt_embeds is None):
+            raise ValueError("pass either `prompt` or `prompt_embeds`, not both and not neither")
+        if unknown := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
+            raise ValueError(f"a callback can ask for {self._callback_tensor_inputs}, not for {sorted(unknown)}")
+
+        device = self._execution_device
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        count = len(prompts) if prompts is not None else len(prompt_embeds)
+        negatives = [negative_prompt] * count if isinstance(negative_prompt, str) else negative_prompt
+        if len(negatives) != count:
+            raise ValueError(f"{count} prompts need one negative prompt or {count}, got {len(negatives)}")
+        length = max_sequence_length or self.config.max_sequence_length
+        guided = guidance_scale > 1
+
+        def encode(texts: list[str] | None, embeds: Tensor | None) -> Tensor:
+            return self.encode_prompt(
+                texts, device=device, num_images_per_prompt=num_images_per_prompt, prompt_embeds=embeds,
+                max_sequence_length=length,
+            )[0]  # fmt: skip
+
+        prompt_embeds = encode(prompts, prompt_embeds)
+        negative_prompt_embeds = encode(negatives, negative_prompt_embeds) if guided else None
+
+        shape = (count * num_images_per_prompt, 3, height, width)
+        if latents is None:
+            # float32 noise from the CPU generator is the same on every device and in every precision
+            latents = randn_tensor(shape, generator=generator, device=torch.device("cpu"), dtype=torch.float32)
+        elif tuple(latents.shape) != shape:
+            raise ValueError(f"latents must be noise of shape {shape} (B, 3, H, W), got {tuple(latents.shape)}")
+        grid = (height // patch, width // patch)
+        x = to_tokens(latents.to(device, torch.float32), patch)
+
+        references = tuple(
+            encode_condition(one, self.codec, patch).to(device).expand(shape[0], -1, -1, -1)
+            for one in ([] if image is None else image if isinstance(image, list) else [image])
+        )
+        model = self.pixel_model
+
+        def velocity(x_t: Tensor, sigma: Tensor) -> Tensor:
+            level = sigma.expand(len(x_t), 1, 1)
+
+            def conditioned_on(name: str, embeds: Tensor) -> Tensor:
+                with self.transformer.cache_context(name):
+                    cond = Cond(embeds, self.distilled_guidance, references)
+                    return model.velocity(x_t, level, cond, grid)
+
+            v = conditioned_on("cond", prompt_embeds)
+            if guided:
+                v_uncond = conditioned_on("uncond", negative_prompt_embeds)
+                v = guide(v, v_uncond, guidance_scale, x_t - level * v, orthogonal_guidance)
+            if clamp:
+                v = clamp_velocity(
+                    v, x_t, level, lambda x0: to_tokens(self.codec.clamp(to_image(x0, grid, patch)), patch)
+                )
+            return v
+
+        sigmas = inference_sigmas(num_inference_steps, self.shift_at(height, width) if shift is None else shift)
+        prepare_solver(self.scheduler, sigmas, device)
+        with self.progress_bar(total=num_inference_steps) as progress:
+
+            def on_step(i: int, x: Tensor) -> Tensor:
+                nonlocal prompt_embeds, negative_prompt_embeds
+                progress.update()
+                if callback_on_step_end is None:
+                    return x
+                latents = to_image(x, grid, patch)
+                tensors = {
+                    "latents": latents,
+                    "prompt_embeds": prompt_embeds,
+                    "negative_prompt_embeds": negative_prompt_embeds,
+                }
+                asked = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                changed = tensors | callback_on_step_end(self, i, self.scheduler.timesteps[i], asked)
+                prompt_embeds, negative_prompt_embeds = changed["prompt_embeds"], changed["negative_prompt_embeds"]
+                return x if changed["latents"] is latents else to_tokens(changed["latents"], patch)
+
+            x = denoise(velocity, x, self.scheduler, sigmas, on_step)
+
+        images = to_image(x, grid, patch)
+        if output_type != "latent":
+            # the processor maps [-1, 1] to [0, 1]
+            processor = VaeImageProcessor(vae_scale_factor=patch)
+            images = processor.postprocess(self.codec.decode(images).cpu(), output_type=output_type)
+        self.maybe_free_model_hooks()
+        return self.output_class(images=images) if return_dict else (images,)
+
+
+def encode_condition(image: Image.Image, codec: PixelCodec, patch: int) -> Tensor:
+    """A condition picture in pixel space, (1, 3, H, W), its sides cropped to multiples of the patch.
+
+    Raises:
+        ValueError: a side below 64 pixels.
+    """
+    if min(image.size) < 64:
+        raise ValueError(f"a condition image needs sides of at least 64 pixels, got {image.width}x{image.height}")
+    width, height = (side // patch * patch for side in image.size)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    pixels = torch.tensor(list(image.convert("RGB").crop((left, top, left + width, top + height)).getdata()))
+    return codec.encode(pixels.reshape(1, height, width, 3).permute(0, 3, 1, 2) / 127.5 - 1)

@@ -1,0 +1,237 @@
+"""FLUX.2: klein base 4B and 9B (Qwen3 text encoder) and dev (Mistral, embedded guidance).
+
+Latent tokens are 2x2 packed VAE latents, channel first, whitened by the VAE's batch-norm statistics: rank 128, one
+token per 16x16 pixels. The transformer takes sigma in [0, 1] and predicts eps - x0.
+"""
+
+import re
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import (
+    AutoencoderKLFlux2,
+    Flux2KleinPipeline,
+    Flux2Pipeline,
+    Flux2Transformer2DModel,
+    UniPCMultistepScheduler,
+)
+from diffusers.pipelines.flux2.pipeline_output import Flux2PipelineOutput
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from asymflow_ft.components.color import PixelCodec
+from asymflow_ft.components.pipelines import PixelPipelineMixin
+from asymflow_ft.components.subspace import Cond, Grid, PixelSubspace
+from asymflow_ft.families.base import build_lifted, load_index
+from asymflow_ft.method.asymflow import lift_weights
+from asymflow_ft.method.patches import to_image, to_tokens
+
+PIPELINES = {"Flux2KleinPipeline": Flux2KleinPipeline, "Flux2Pipeline": Flux2Pipeline}
+LATENT_SHIFT = 7.0  # FLUX.2's native shift at 1024x1024 (paper, latent baseline); its scheduler computes one per size
+OUTPUT_LAYER = "proj_out"
+TRAINED_ENDS = ("x_embedder", OUTPUT_LAYER, "norm_out.linear")
+
+
+def load_parts(
+    base: str, parts: tuple[str, ...], dtype: torch.dtype, revision: str | None = None
+) -> DiffusionPipeline:
+    """The stock pipeline of a base with only the named parts loaded ("vae", "text_encoder", "tokenizer",
+    "transformer", "scheduler"); the others are None and are not downloaded.
+
+    Raises:
+        ValueError: not a FLUX.2 pipeline, or a step-distilled one.
+    """
+    if match := re.search(r"FLUX\.2-klein-(4B|9B)(?!.*base)", str(base)):
+        raise ValueError(
+            f"{base} is step-distilled: it draws in 4 steps and cannot be finetuned with flow matching; "
+            f"use black-forest-labs/FLUX.2-klein-base-{match[1]}"
+        )
+    index = load_index(base, revision)
+    if index["_class_name"] not in PIPELINES:
+        raise ValueError(f"{base} is a {index['_class_name']}; the flux2 family converts {', '.join(PIPELINES)}")
+    if index.get("is_distilled"):
+        raise ValueError(
+            f"{base} is step-distilled (is_distilled is true in its model_index.json) and cannot be finetuned with "
+            "flow matching; use the undistilled base, such as black-forest-labs/FLUX.2-klein-base-4B"
+        )
+    absent = {name: None for name in ("vae", "text_encoder", "tokenizer", "transformer") if name not in parts}
+    return PIPELINES[index["_class_name"]].from_pretrained(base, revision=revision, dtype=dtype, **absent)
+
+
+def latent_shift(pipeline: DiffusionPipeline) -> float:
+    """The timestep shift that the base was made for."""
+    config = pipeline.scheduler.config
+    return LATENT_SHIFT if config.use_dynamic_shifting else float(config.shift)
+
+
+def pixel_patch(vae: AutoencoderKLFlux2) -> int:
+    """Side in pixels of the image patch that one latent token stands for."""
+    return 2 ** (len(vae.config.block_out_channels) - 1) * vae.config.patch_size[0]
+
+
+def latent_dim(vae: AutoencoderKLFlux2) -> int:
+    """Values of one latent token, the rank R of the subspace."""
+    return vae.config.latent_channels * vae.config.patch_size[0] * vae.config.patch_size[1]
+
+
+def _whitening(vae: AutoencoderKLFlux2, like: Tensor) -> tuple[Tensor, Tensor]:
+    mean = vae.bn.running_mean.to(like)[:, None, None]
+    return mean, (vae.bn.running_var.to(like) + vae.config.batch_norm_eps).sqrt()[:, None, None]
+
+
+def encode_latents(vae: AutoencoderKLFlux2, rgb: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """RGB in [-1, 1], (B, 3, H, W) -> float32 latent tokens (B, N, 128), a sample of the posterior, whitened."""
+    z = vae.encode(rgb.to(vae.device, vae.dtype)).latent_dist.sample(generator).float()
+    packed = F.pixel_unshuffle(z, vae.config.patch_size[0])
+    mean, std = _whitening(vae, packed)
+    return to_tokens((packed - mean) / std, 1)
+
+
+def decode_latents(vae: AutoencoderKLFlux2, z: Tensor, grid: Grid) -> Tensor:
+    """Latent tokens (B, N, 128) -> RGB in [-1, 1], float32; `grid` is (rows, columns) of tokens."""
+    packed = to_image(z.to(vae.device), grid, 1)
+    mean, std = _whitening(vae, packed)
+    latents = F.pixel_shuffle(packed * std + mean, vae.config.patch_size[0])
+    return vae.decode(latents.to(vae.dtype)).sample.float().clamp(-1, 1)
+
+
+def lift(transformer: Flux2Transformer2DModel, subspace: PixelSubspace) -> Flux2Transformer2DModel:
+    """The base with its end layers folded into pixels; all other weights are shared with the base, not copied.
+
+    Raises:
+        ValueError: the basis has another rank than the base's latent tokens.
+    """
+    state = transformer.state_dict()
+    state["x_embedder.weight"], state["proj_out.weight"], _ = lift_weights(
+        state["x_embedder.weight"], state["proj_out.weight"], None, subspace.float32()[0]
+    )
+    return build_lifted(transformer, {"in_channels": subspace.config["pixel_dim"], "out_channels": None}, state)
+
+
+def transformer_on_meta(base: str, revision: str | None = None) -> Flux2Transformer2DModel:
+    """The base's transformer without weights, from its config alone."""
+    config = Flux2Transformer2DModel.load_config(base, subfolder="transformer", revision=revision)
+    with init_empty_weights():
+        return Flux2Transformer2DModel.from_config(config)
+
+
+def _ids(grid: Grid, time: int, device: torch.device) -> Tensor:
+    """Position ids (time, row, column, 0) of a token grid, (h * w, 4)."""
+    axes = (torch.tensor([time]), torch.arange(grid[0]), torch.arange(grid[1]), torch.tensor([0]))
+    return torch.cartesian_prod(*axes).to(device)
+
+
+def predict(
+    transformer: nn.Module,
+    tokens: Tensor,
+    tau: Tensor,
+    cond: Cond,
+    grid: Grid,
+    references: list[tuple[Tensor, Grid]] = [],  # noqa: B006 never changed
+) -> Tensor:
+    """One forward pass of a latent or lifted transformer.
+
+    Args:
+        tokens: (B, N, D or R) float32. tau: (B,) noise level the network sees, in [0, 1]. grid: (rows, columns).
+        references: condition tokens (B, M, D) with their grids; they take the time positions 10, 20, ...
+
+    Returns:
+        (B, N, D or R), eps minus data, in the precision of `tokens`.
+    """
+    device, width = tokens.device, cond.embeds.dtype
+    image_ids = [_ids(grid, 0, device)]
+    image_ids += [_ids(shape, 10 + 10 * m, device) for m, (_, shape) in enumerate(references)]
+    text = cond.embeds.shape[1]
+    text_ids = F.pad(torch.arange(text, device=device)[:, None], (3, 0))
+    guidance = None if cond.guidance is None else tau.new_full(tau.shape, cond.guidance)
+    # Autocast, not casting: tau stays float32 (near 1, bf16 has steps of 0.004) and the trained ends may be float32.
+    with torch.autocast(device.type, dtype=width, enabled=width in (torch.bfloat16, torch.float16)):
+        out = transformer(
+            hidden_states=torch.cat([tokens, *(reference for reference, _ in references)], dim=1),
+            encoder_hidden_states=cond.embeds, timestep=tau, guidance=guidance,
+            img_ids=torch.cat(image_ids), txt_ids=text_ids, return_dict=False,
+        )[0]  # fmt: skip
+    return out[:, : tokens.shape[1]].to(tokens.dtype)
+
+
+def draw_base(
+    parts: DiffusionPipeline, noise: Tensor, embeds: Tensor, empty: Tensor, size: Grid, steps: int, guidance: float
+) -> list[Image.Image]:
+    """Pictures of the latent base by its own stock pipeline and scheduler.
+
+    Args:
+        noise: packed latents (B, 128, h, w), N(0, 1). embeds: (B, L, E). empty: embedding of "", (L, E).
+        size: (height, width) in pixels.
+    """
+    unconditional = {}
+    if isinstance(parts, Flux2KleinPipeline):  # dev has its guidance embedded
+        unconditional["negative_prompt_embeds"] = empty.expand(len(embeds), -1, -1)
+    return parts(
+        prompt_embeds=embeds, latents=noise, height=size[0], width=size[1], num_inference_steps=steps,
+        guidance_scale=guidance, **unconditional,
+    ).images  # fmt: skip
+
+
+def lora_targets(transformer: Flux2Transformer2DModel) -> list[str]:
+    """Exact module names that the paper's recipe adapts: feed-forwards, the time embedder and the single blocks'
+    output; no queries, keys or values."""
+    names = ["time_guidance_embed.timestep_embedder.linear_1", "time_guidance_embed.timestep_embedder.linear_2"]
+    for i in range(transformer.config.num_layers):
+        names += [f"transformer_blocks.{i}.{ff}.linear_{end}" for ff in ("ff", "ff_context") for end in ("in", "out")]
+    return names + [f"single_transformer_blocks.{i}.attn.to_out" for i in range(transformer.config.num_single_layers)]
+
+
+class _PixelFlux2(PixelPipelineMixin):
+    output_class = Flux2PipelineOutput
+    predict = staticmethod(predict)
+    _optional_components: list[str] = []
+
+    def __init__(
+        self,
+        scheduler: UniPCMultistepScheduler,
+        text_encoder: Any,
+        tokenizer: Any,
+        transformer: Flux2Transformer2DModel,
+        subspace: PixelSubspace,
+        codec: PixelCodec,
+        shift: float = 17.0,
+        shift_mode: str = "sqrt",
+        base_pixels: int = 1024**2,
+        max_pixels: int = 2048**2,
+        max_shift: float = 34.0,
+        default_size: int = 1024,
+        max_sequence_length: int = 512,
+        distilled_guidance: float | None = None,
+    ):
+        DiffusionPipeline.__init__(self)
+        self.register_modules(
+            scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer, transformer=transformer,
+            subspace=subspace, codec=codec,
+        )  # fmt: skip
+        self.register_to_config(
+            shift=shift, shift_mode=shift_mode, base_pixels=base_pixels, max_pixels=max_pixels, max_shift=max_shift,
+            default_size=default_size, max_sequence_length=max_sequence_length, distilled_guidance=distilled_guidance,
+        )  # fmt: skip
+
+    @property
+    def distilled_guidance(self) -> float | None:
+        return self.config.distilled_guidance
+
+
+class PixelFlux2KleinPipeline(_PixelFlux2, Flux2KleinPipeline):
+    """FLUX.2 klein in pixel space; prompts and LoRA files as in Flux2KleinPipeline."""
+
+
+class PixelFlux2Pipeline(_PixelFlux2, Flux2Pipeline):
+    """FLUX.2-dev in pixel space; prompts and LoRA files as in Flux2Pipeline."""
+
+
+PIXEL_PIPELINES = (PixelFlux2KleinPipeline, PixelFlux2Pipeline)
+
+
+def pixel_pipeline_class(base: DiffusionPipeline) -> type[_PixelFlux2]:
+    """The pixel pipeline that belongs to a stock pipeline."""
+    return PixelFlux2KleinPipeline if isinstance(base, Flux2KleinPipeline) else PixelFlux2Pipeline

@@ -1,0 +1,38 @@
+"""LPIPS-VGG as a map over the image, from the `lpips` package (an extra)."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+PerceptualMap = Callable[[Tensor, Tensor], Tensor]
+
+
+def load_lpips(device: torch.device | str, random_vgg: bool = False) -> PerceptualMap:
+    """A function of two RGB batches (B, 3, H, W) in [-1, 1] to their LPIPS distance map (B, 1, H, W).
+
+    It runs in bf16 on an accelerator and in float32 on the CPU. Gradients flow to both images, not to the network.
+
+    Args:
+        random_vgg: do not download VGG's weights; the result is no perceptual distance, only code that runs.
+
+    Raises:
+        ValueError: the package is missing or broken; the message has the install line.
+    """
+    try:
+        import lpips
+    except (ImportError, RuntimeError) as error:
+        raise ValueError(
+            f"loss.perceptual is 'lpips', but the lpips package does not import ({error}). "
+            "Install it with `pip install 'asymflow-ft[lpips]'` (it needs a torchvision that fits your torch), "
+            "or set loss.perceptual=none"
+        ) from error
+    network = lpips.LPIPS(net="vgg", spatial=True, pnet_rand=random_vgg, verbose=False)
+    network = network.requires_grad_(False).eval().to(device)
+    device_type = torch.device(device).type
+
+    def distance(image: Tensor, target: Tensor) -> Tensor:
+        with torch.autocast(device_type, torch.bfloat16, enabled=device_type != "cpu"):
+            return network(image, target).float()
+
+    return distance
