@@ -1,0 +1,128 @@
+"""Laws of the method, in float64."""
+
+import math
+
+import pytest
+import torch
+
+from asymflow_ft.method import align, asymflow, guidance, loss, noise
+from asymflow_ft.method.patches import to_image, to_tokens
+
+
+@pytest.fixture
+def case():
+    """Random tokens (B, N, D) with a basis (D, R), a scale and levels (B, 1, 1)."""
+    g = torch.Generator().manual_seed(0)
+    rand = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
+    basis = torch.linalg.qr(rand(48, 8)).Q
+    sigma = torch.tensor([0.02, 0.3, 0.7, 1.0], dtype=torch.float64)[:, None, None]
+    return rand(4, 5, 48), rand(4, 5, 48), rand(4, 5, 8), basis, torch.tensor(1.7, dtype=torch.float64), sigma
+
+
+def test_perfect_prediction_recovers_velocity_and_image(case):
+    x0, eps, _, basis, scale, sigma = case
+    x_t = torch.lerp(x0, eps, sigma)
+    u = asymflow.network_target(x0, eps, basis, scale)
+    torch.testing.assert_close(asymflow.recover_velocity(u, x_t, sigma, basis, scale), eps - x0, rtol=0, atol=1e-11)
+    torch.testing.assert_close(asymflow.recover_clean(u, x_t, sigma, basis, scale), x0, rtol=0, atol=1e-12)
+
+
+def test_clean_estimate_is_the_velocitys_for_any_output(case):
+    u, x_t, _, basis, scale, sigma = case
+    v = asymflow.recover_velocity(u, x_t, sigma, basis, scale)
+    clean = asymflow.recover_clean(u, x_t, sigma, basis, scale)
+    torch.testing.assert_close(asymflow.velocity_to_clean(v, x_t, sigma), clean, rtol=0, atol=1e-12)
+    torch.testing.assert_close(asymflow.clean_to_velocity(clean, x_t, sigma), v, rtol=0, atol=1e-11)
+
+
+def test_lifted_state_projects_to_the_latent_state(case):
+    _, eps, z, basis, scale, sigma = case
+    x_t = torch.lerp(asymflow.lift(z, basis, scale), eps, sigma)
+    z_tau, tau = asymflow.latent_state(z, eps, sigma, basis, scale)
+    seen = asymflow.calibrate(sigma, scale)
+    torch.testing.assert_close(seen.gain * x_t @ basis, z_tau, rtol=0, atol=1e-13)
+    torch.testing.assert_close(seen.tau, tau)
+
+
+def test_extreme_ranks_are_the_known_parameterisations(case):
+    u, x_t, _, _, _, sigma = case
+    one = torch.ones((), dtype=torch.float64)
+    whole, none = torch.eye(48, dtype=torch.float64), torch.zeros(48, 1, dtype=torch.float64)
+    torch.testing.assert_close(asymflow.recover_velocity(u, x_t, sigma, whole, one), u)  # velocity prediction
+    torch.testing.assert_close(asymflow.recover_clean(u, x_t, sigma, none, one), -u)  # clean-image prediction
+
+
+def test_reference_that_errs_like_the_model_leaves_no_loss(case):
+    x0, error, *_, sigma = case
+    target = loss.variance_reduced_target(x0, x0 - error, x0, x0 - error, sigma, kappa=None)
+    assert torch.equal(target.coefficient, torch.ones_like(target.coefficient))
+    assert loss.velocity_mse(x0 - error, target.image, sigma) < 1e-24
+
+
+def test_reference_without_error_leaves_plain_velocity_matching(case):
+    x0, eps, _, _, _, sigma = case
+    v = eps - x0 + 0.1
+    x0_hat = torch.lerp(x0, eps, sigma) - sigma * v
+    target = loss.variance_reduced_target(x0, x0_hat, x0, x0, sigma)
+    floor = sigma.clamp(min=0.05)
+    expected = ((sigma / floor) * (v - (eps - x0))).square().mean()
+    torch.testing.assert_close(loss.velocity_mse(x0_hat, target.image, sigma), expected)
+
+
+def test_fade_ends(case):
+    ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    assert loss.fade(ends, 0.3).tolist() == [1.0, 0.0]
+    assert loss.fade(ends, None).tolist() == [0.0, 0.0]
+
+
+def test_procrustes_finds_a_planted_subspace_from_split_sums(case):
+    _, _, z, basis, scale, _ = case
+    whole, first, second = (align.Grams.zeros(48, 8) for _ in range(3))
+    x = asymflow.lift(z, basis, scale)
+    whole.update(z, x)
+    first.update(z[:1], x[:1])
+    second.update(z[1:], x[1:])
+    for mine, other in zip(first.tensors(), second.tensors(), strict=True):
+        mine += other
+    for grams in (whole, first):
+        fit = align.procrustes(grams)
+        torch.testing.assert_close(fit.basis, basis, rtol=0, atol=1e-10)
+        torch.testing.assert_close(fit.scale, scale)
+    total, left = align.explained_energy(whole, fit, torch.block_diag(*[align.patch_dct(4)] * 3))
+    torch.testing.assert_close(total.sum(), x.square().sum() / len(x.flatten(0, 1)))
+    assert left.abs().max() < 1e-12
+
+
+def test_too_few_images_are_refused():
+    grams = align.Grams.zeros(48, 8)
+    grams.update(torch.randn(3, 8), torch.randn(3, 48))
+    with pytest.raises(ValueError, match="3 tokens determine only"):
+        align.procrustes(grams)
+    with pytest.raises(ValueError, match="larger patch"):
+        align.Grams.zeros(12, 16)
+
+
+def test_guidance_laws(case):
+    cond, uncond, _, _, _, _ = case
+    torch.testing.assert_close(guidance.guide(cond, uncond, 1.0, cond), cond)
+    direction = cond + uncond
+    bias = guidance.guide(cond, uncond, 4.0, direction) - cond
+    assert (bias * direction).flatten(1).sum(1).abs().max() < 1e-10
+    plain = guidance.guide(cond, uncond, 4.0, direction, orthogonal=0.0)
+    torch.testing.assert_close(plain, uncond + 4 * (cond - uncond))
+
+
+def test_noise_levels():
+    assert noise.inference_sigmas(4, 1.0).tolist() == [1.0, 0.75, 0.5, 0.25, 0.0]
+    assert noise.dynamic_shift(1024**2) == pytest.approx(17) and noise.dynamic_shift(2048**2) == pytest.approx(34)
+    assert noise.dynamic_shift(1024**2, "exp") == pytest.approx(17)
+    assert noise.dynamic_shift(1024 * 2048, "exp") == pytest.approx(17 * math.exp(math.log(2) / 3))
+    with pytest.raises(ValueError, match="'sqrt' or 'exp'"):
+        noise.dynamic_shift(1, "linear")
+
+
+def test_patches_round_trip_and_refuse_odd_sizes():
+    image = torch.randn(2, 3, 32, 48)
+    assert torch.equal(to_image(to_tokens(image, 16), (2, 3), 16), image)
+    with pytest.raises(ValueError, match="40x32"):
+        to_tokens(torch.zeros(1, 3, 32, 40), 16)
