@@ -47,8 +47,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     one = commands.add_parser(
         "align", help="fit the pixel subspace of a base from images",
-        description="Fit basis and scale from images and their VAE latents (orthogonal Procrustes). Writes the subspace, "
-        "report.json and report.png. Under `accelerate launch -m asymflow_ft.cli align ...` processes share the images.",
+        description="Fit basis and scale from images and their VAE latents (orthogonal Procrustes). Writes the "
+        "subspace, report.json and report.png. Under `accelerate launch -m asymflow_ft.cli align ...` processes share "
+        "the images.",
     )  # fmt: skip
     one.set_defaults(run=run_align)
     one.add_argument("--recipe", help="take base, data, out and pixel space from a recipe; other options override it")

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-from accelerate import Accelerator, init_empty_weights
+from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -80,9 +80,8 @@ def dry_run(recipe: Recipe) -> None:
     source = open_source(recipe.data.source, recipe.data.split, recipe.data.image_column, recipe.data.caption_column)
     transformer = family.transformer_on_meta(recipe.base, recipe.revision)
     total = sum(p.numel() for p in transformer.parameters())
-    rank = transformer.config.in_channels
-    with init_empty_weights():
-        subspace = PixelSubspace(768, rank)
+    with torch.device("meta"):
+        subspace = PixelSubspace(rank=transformer.config.in_channels)
     transformer = family.lift(transformer, subspace)
     kind = "all weights"
     if recipe.lora is not None:
@@ -117,12 +116,12 @@ def finetune(recipe: Recipe) -> None:
     # Prepare: everything that can be wrong is looked at before the first heavy step.
     family = family_of(recipe.base, recipe.revision)
     source = open_source(recipe.data.source, recipe.data.split, recipe.data.image_column, recipe.data.caption_column)
+    claim(out, recipe, main_process)
+    accelerator.wait_for_everyone()
     if (out / "pipeline" / "model_index.json").is_file() and finished_steps(out) >= train.steps:
         say(f"{out} holds a finished run of {finished_steps(out)} steps; nothing to do.\n"
             "Continue it with a larger train.steps, or start another with another output_dir.")  # fmt: skip
         return
-    claim(out, recipe, main_process)
-    accelerator.wait_for_everyone()
     perceptual = load_lpips(device) if recipe.loss.perceptual == "lpips" else None
     codec = PixelCodec(recipe.pixels.space, recipe.pixels.mean, recipe.pixels.std)
     subspace = aligned(recipe, family, source, codec, say)
@@ -262,7 +261,7 @@ def finetune(recipe: Recipe) -> None:
                 if not torch.isfinite(value):
                     raise ValueError(
                         f"the loss is {value.item()} at step {step + 1} (images {batch.indices}); "
-                        "the newest checkpoint is sound. Lower train.lr, raise loss.sigma_floor, or look at those images"
+                        "the newest checkpoint is sound. Lower train.lr or look at those images"
                     )
                 accelerator.backward(value)
                 if accelerator.sync_gradients:

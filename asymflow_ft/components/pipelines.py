@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import UniPCMultistepScheduler
 from diffusers.image_processor import VaeImageProcessor
@@ -204,5 +205,5 @@ def encode_condition(image: Image.Image, codec: PixelCodec, patch: int) -> Tenso
         raise ValueError(f"a condition image needs sides of at least 64 pixels, got {image.width}x{image.height}")
     width, height = (side // patch * patch for side in image.size)
     left, top = (image.width - width) // 2, (image.height - height) // 2
-    pixels = torch.tensor(list(image.convert("RGB").crop((left, top, left + width, top + height)).getdata()))
-    return codec.encode(pixels.reshape(1, height, width, 3).permute(0, 3, 1, 2) / 127.5 - 1)
+    pixels = torch.from_numpy(np.array(image.convert("RGB").crop((left, top, left + width, top + height))))
+    return codec.encode(pixels.permute(2, 0, 1)[None] / 127.5 - 1)

@@ -1,6 +1,6 @@
 """Measure the tiny base with the stock diffusers pipeline: reconstruction, retrieval, and a grid to look at.
 
-    python recipes/tiny/judge_base.py --base recipes/tiny/base --out outputs/tiny_base
+python recipes/tiny/judge_base.py --base recipes/tiny/base --out outputs/tiny_base
 """
 
 import argparse

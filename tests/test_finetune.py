@@ -1,0 +1,163 @@
+"""The training run as a user starts it, on the shipped tiny base."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from asymflow_ft import cli, finetune
+from asymflow_ft.families import load_pixel_pipeline
+from asymflow_ft.training.checkpoint import list_checkpoints
+from asymflow_ft.training.ema import PowerEma
+from tests.conftest import REPOSITORY
+
+RECIPE = "recipes/tiny/finetune.yaml"
+
+
+@pytest.fixture(autouse=True)
+def in_repository(monkeypatch):
+    monkeypatch.chdir(REPOSITORY)  # the recipe's paths are relative to it
+
+
+@pytest.fixture(scope="module")
+def small_data(tmp_path_factory, tiny_data):
+    """Twelve pictures, one of which is broken."""
+    folder = tmp_path_factory.mktemp("data")
+    rows = [json.loads(line) for line in open(f"{tiny_data}/metadata.jsonl")][:12]
+    (folder / "images").mkdir()
+    for row in rows:
+        shutil.copy(f"{tiny_data}/{row['file_name']}", folder / row["file_name"])
+    (folder / rows[3]["file_name"]).write_bytes(b"no image")
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "prompts.txt").write_text("\n".join(row["text"] for row in rows[:2]))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def subspace(tmp_path_factory, tiny_data):
+    out = tmp_path_factory.mktemp("align") / "subspace"
+    arguments = ["--base", str(REPOSITORY / "recipes/tiny/base"), "--data", tiny_data, "--out", str(out)]
+    assert cli.main(["align", *arguments, "--num-images", "40", "--resolution", "128"]) == 0
+    return out
+
+
+def run(out, small_data, subspace, *overrides):
+    return finetune.main([
+        RECIPE, f"output_dir={out}", f"data.source={small_data}", f"align.path={subspace}", "data.held_out=2",
+        f"sample.prompts={small_data / 'prompts.txt'}", "sample.steps=2", "sample.count=2", "sample.judge=2",
+        "sample.every=0", "train.batch_size=2", "train.warmup=2", "train.ema_start=1", "train.clip_after=1",
+        *overrides,
+    ])  # fmt: skip
+
+
+def log_of(out):
+    return [json.loads(line) for line in (out / "logs/train.jsonl").read_text().splitlines()]
+
+
+def test_align_report(subspace, capsys):
+    report = json.loads((subspace / "report.json").read_text())
+    assert report["images"] == 40 and report["rank"] == 128 and report["patch"] == 16
+    assert report["pixel_shift"] == pytest.approx(3 * report["scale"])
+    assert report["orthonormality_error"] < 1e-6 and len(report["singular_values"]) == 128
+    assert Image.open(subspace / "report.png").size[0] > 500
+    again = ["align", "--recipe", RECIPE, "--out", str(subspace)]
+    assert cli.main(again) == 1 and "already holds a subspace" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_run_interrupted_and_resumed_is_the_same_run(kind, tmp_path, small_data, subspace, capsys):
+    options = ["train.checkpoint_every=2"] + (["lora={rank: 4, dropout: 0.1}"] if kind == "lora" else [])
+    straight, halved = tmp_path / "straight", tmp_path / "halved"
+    assert run(straight, small_data, subspace, "train.steps=4", *options) == 0
+    assert run(halved, small_data, subspace, "train.steps=2", *options) == 0
+    assert run(halved, small_data, subspace, "train.steps=4", *options) == 0
+    assert "continuing from step-000002" in capsys.readouterr().out
+    assert [line["step"] for line in log_of(halved)] == [1, 2, 3, 4]
+    assert log_of(halved) == log_of(straight)
+    newest = [list_checkpoints(out / "checkpoints")[-1] for out in (straight, halved)]
+    for name in ("trained.safetensors", "ema.safetensors"):
+        one, other = (load_file(path / name) for path in newest)
+        assert all(torch.equal(one[key], other[key]) for key in one | other)
+
+    metrics = json.loads((halved / "metrics.json").read_text())
+    assert metrics["run"]["steps"] == 4 and set(metrics["finetuned"]) == {"retrieval_at_5", "sharpness"}
+    assert metrics["held_out_error"].keys() == {"step 0", "finetuned"}
+    assert (halved / "samples/step-000004.png").is_file() and (halved / "recipe.yaml").is_file()
+    pipeline = load_pixel_pipeline(str(halved / "pipeline"), torch.float32)
+    assert pipeline("rocket", num_inference_steps=1).images[0].size == (128, 128)
+
+    assert run(halved, small_data, subspace, "train.steps=4", *options) == 0
+    assert "holds a finished run of 4 steps" in capsys.readouterr().out
+    assert run(halved, small_data, subspace, "train.steps=4", "train.lr=1e-5", *options) == 1
+    assert "choose another output_dir" in capsys.readouterr().err
+
+
+def test_accumulation_equals_a_larger_batch_in_size(tmp_path, small_data, subspace):
+    out = tmp_path / "run"
+    assert run(out, small_data, subspace, "train.steps=1", "train.accumulation=3") == 0
+    (line,) = log_of(out)
+    assert line["loss"] == pytest.approx(line["mse"])
+
+
+def test_bad_input_is_one_message(tmp_path, small_data, subspace, capsys):
+    cases = {
+        "not a multiple of the patch": ["data.resolution=100"],
+        "no column 'label'": ["data.caption_column=label"],
+        "no prompt file": ["sample.prompts=nowhere.txt"],
+        "no aligned subspace": [f"align.path={tmp_path / 'nothing'}", "align.mode=require"],
+        "leave none to train on": ["data.held_out=11"],
+        "did you mean train.lr": ["train.lrr=1"],
+        "cannot open the base": ["base=no/such-base"],
+    }
+    for i, (message, overrides) in enumerate(cases.items()):
+        assert run(tmp_path / str(i), small_data, subspace, "train.steps=1", *overrides) == 1, message
+        error = capsys.readouterr().err
+        assert message in error and error.count("error:") == 1 and "Traceback" not in error
+
+
+def test_diverging_loss_stops_the_run(tmp_path, small_data, subspace, capsys):
+    assert run(tmp_path / "run", small_data, subspace, "train.steps=9", "train.lr=1e30", "train.warmup=0") == 1
+    error = capsys.readouterr().err
+    assert "at step" in error and "lower train.lr" in error.lower()
+
+
+def test_dry_run_counts_and_writes_nothing(tmp_path, capsys):
+    assert finetune.main([RECIPE, f"output_dir={tmp_path / 'run'}", "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "5,358,144 will be trained (all weights)" in printed and "533 images" in printed
+    assert not (tmp_path / "run").exists()
+
+
+def test_half_written_checkpoints_do_not_count(tmp_path):
+    (tmp_path / "step-000004.part").mkdir()
+    (tmp_path / "step-000004.part/state.json").write_text("{}")
+    (tmp_path / "step-000006").mkdir()
+    assert list_checkpoints(tmp_path) == []
+
+
+def test_ema_follows_the_power_function():
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    ema = PowerEma([("p", parameter)], gamma=7.0, start=2)
+    expected = 0.0
+    for step in range(1, 20):
+        parameter.data.fill_(step)
+        ema.update(step)
+        expected = step if step <= 2 else expected + (1 - (1 - 1 / step) ** 8) * (step - expected)
+    assert ema.average["p"].item() == pytest.approx(expected, rel=1e-6)
+    with ema.applied():
+        assert parameter.item() == pytest.approx(expected, rel=1e-6)
+    assert parameter.item() == 19
+
+
+def test_sample_command(tmp_path, small_data, subspace, capsys):
+    assert run(tmp_path / "run", small_data, subspace, "train.steps=1") == 0
+    arguments = ["sample", "--pipeline", str(tmp_path / "run/pipeline"), "--prompts", str(small_data / "prompts.txt")]
+    arguments += ["--prompt", "rocket", "--steps", "1", "--sheet", "--out", str(tmp_path / "out")]
+    assert cli.main(arguments) == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "00000.png", "00001.png", "00002.png", "sheet.png",
+    ]  # fmt: skip
+    assert cli.main(arguments) == 1 and "exists; choose another --out" in capsys.readouterr().err
