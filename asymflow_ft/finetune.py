@@ -27,7 +27,6 @@ from asymflow_ft.components.pipelines import flow_solver
 from asymflow_ft.components.subspace import Cond, PixelModel, PixelSubspace, load_subspace
 from asymflow_ft.data.prepare import Batch, BucketBatches, collate
 from asymflow_ft.data.source import Source, open_source
-from asymflow_ft.evaluation.pictures import sheet
 from asymflow_ft.evaluation.retrieval import sharpness
 from asymflow_ft.families import family_of
 from asymflow_ft.method import asymflow
@@ -43,7 +42,15 @@ from asymflow_ft.training.optimizer import make_optimizer, set_rates
 from asymflow_ft.training.perceptual import PerceptualMap, load_lpips
 from asymflow_ft.training.run import StopSignal, claim, cut_log, finished_steps
 from asymflow_ft.training.stages import free_memory, prepare
-from asymflow_ft.training.validation import Judge, draw_or_load, held_out_errors, peak_memory_gb, prompt_noise
+from asymflow_ft.training.validation import (
+    Judge,
+    draw_or_load,
+    held_out_errors,
+    peak_memory_gb,
+    prompt_noise,
+    save_grid,
+    summary,
+)
 
 LOG_FILE = "logs/train.jsonl"
 DRAW_BATCH = 4  # pictures drawn at a time; small, so that drawing needs no more memory than training
@@ -356,26 +363,6 @@ def aligned(recipe: Recipe, family: ModuleType, source: Source, codec: PixelCode
         )  # fmt: skip
         say(describe(report))
     return load_subspace(recipe.align.path)
-
-
-def save_grid(out: Path, pictures: dict[str, list], prompts: list[str], count: int, step: int) -> None:
-    rows = {name: row[:count] for name, row in pictures.items()}
-    sheet(rows, prompts[:count]).save(out / "samples" / f"step-{step:06d}.png")
-
-
-def summary(metrics: dict[str, dict], out: Path) -> str:
-    lines = [f"{'':14}{'retrieval@5':>12}{'sharpness':>12}"]
-    for name in ("real", "latent base", "step 0", "finetuned"):
-        if name in metrics:
-            share = metrics[name].get("retrieval_at_5")
-            lines.append(f"{name:14}{'' if share is None else f'{share:.0%}':>12}{metrics[name]['sharpness']:>12.2f}")
-    held = metrics["held_out_error"]
-    lines += [
-        f"held-out error at sigma {s}: {held['step 0'][s]:.4f} -> {held['finetuned'][s]:.4f}" for s in held["step 0"]
-    ]
-    return "\n".join(
-        [*lines, f"pictures in {out / 'samples'}, figures in {out / 'metrics.json'}, model in {out / 'pipeline'}"]
-    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """The optimizer and its learning rates."""
 
-import bitsandbytes
 import torch
 from torch import nn
 
@@ -21,6 +20,8 @@ def make_optimizer(recipe: Recipe, parameters: dict[str, nn.Parameter], output_l
     for group in groups:
         group["peak"] = group["lr"]
     if train.optimizer == "adamw8bit":
+        import bitsandbytes  # not there on macOS
+
         kind = bitsandbytes.optim.AdamW8bit
     else:
         kind = torch.optim.AdamW

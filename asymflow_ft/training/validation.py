@@ -12,6 +12,7 @@ from tqdm import tqdm
 from asymflow_ft.components.color import PixelCodec
 from asymflow_ft.components.subspace import Cond, PixelModel
 from asymflow_ft.data.prepare import PreparedData, collate, fit_image
+from asymflow_ft.evaluation.pictures import sheet
 from asymflow_ft.evaluation.retrieval import retrieval_rank, sharpness, thumbnails
 from asymflow_ft.method.patches import to_tokens
 
@@ -102,3 +103,25 @@ def peak_memory_gb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def save_grid(out: Path, pictures: dict[str, list], prompts: list[str], count: int, step: int) -> None:
+    """samples/step-000123.png: a row per model, a column per prompt."""
+    rows = {name: row[:count] for name, row in pictures.items()}
+    sheet(rows, prompts[:count]).save(out / "samples" / f"step-{step:06d}.png")
+
+
+def summary(metrics: dict[str, dict], out: Path) -> str:
+    """metrics.json as a small table."""
+    lines = [f"{'':14}{'retrieval@5':>12}{'sharpness':>12}"]
+    for name in ("real", "latent base", "step 0", "finetuned"):
+        if name in metrics:
+            share = metrics[name].get("retrieval_at_5")
+            lines.append(f"{name:14}{'' if share is None else f'{share:.0%}':>12}{metrics[name]['sharpness']:>12.2f}")
+    held = metrics["held_out_error"]
+    lines += [
+        f"held-out error at sigma {s}: {held['step 0'][s]:.4f} -> {held['finetuned'][s]:.4f}" for s in held["step 0"]
+    ]
+    return "\n".join(
+        [*lines, f"pictures in {out / 'samples'}, figures in {out / 'metrics.json'}, model in {out / 'pipeline'}"]
+    )

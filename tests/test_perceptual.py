@@ -1,0 +1,48 @@
+"""LPIPS: the message without the package, and the real package's code path with a random VGG.
+
+The package imports torchvision, which has no CPU build that fits a CPU torch; so the second test installs both into a
+folder of its own and runs a process in which torchvision's two missing operators are declared first.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from asymflow_ft.training.perceptual import load_lpips
+
+SCRIPT = """
+import torch
+library = torch.library.Library("torchvision", "DEF")
+library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+from asymflow_ft.training.perceptual import load_lpips
+
+distance = load_lpips("cpu", random_vgg=True)
+image = torch.rand(2, 3, 64, 64, requires_grad=True)
+other = torch.rand(2, 3, 64, 64)
+value = distance(2 * image - 1, 2 * other - 1)
+assert value.shape == (2, 1, 64, 64) and torch.isfinite(value).all() and value.mean() > 0, value
+assert distance(other, other).abs().max() == 0
+value.mean().backward()
+assert image.grad.abs().sum() > 0
+print("lpips ran")
+"""
+
+
+def test_missing_package_names_the_install_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    with pytest.raises(ValueError, match=r"pip install 'asymflow-ft\[lpips\]'.*loss.perceptual=none"):
+        load_lpips("cpu")
+
+
+@pytest.mark.slow
+def test_the_real_package_gives_a_map_and_gradients(tmp_path):
+    packages = ["lpips==0.1.4", "torchvision==0.28.0", "scipy", "tqdm"]
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(tmp_path), *packages], check=True
+    )
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "lpips ran" in done.stdout, done.stderr
