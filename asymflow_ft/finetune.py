@@ -139,11 +139,12 @@ def finetune(recipe: Recipe) -> None:
     if data.unreadable:
         say(f"left out {len(data.unreadable)} unreadable images, first: {data.unreadable[0]}")
 
-    # Draw the base while its VAE is at hand, then lift it.
+    # Draw the base while its VAE is at hand.
     dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
     parts = family.load_parts(recipe.base, ("vae", "transformer", "scheduler"), dtype, recipe.revision)
+    parts.to(device)
+    subspace.to(device)
     shift = recipe.noise.shift or family.latent_shift(parts) * subspace.scale.item()
-    lifted = family.lift(parts.transformer, subspace)
     size = (recipe.data.resolution, recipe.data.resolution)
     drawn = max(recipe.sample.count, recipe.sample.judge)
     prompts = data.prompts[:drawn]
@@ -151,9 +152,7 @@ def finetune(recipe: Recipe) -> None:
     grid = (size[0] // patch, size[1] // patch)
     embeds, empty = torch.stack([data.embed(p) for p in prompts]).to(device), data.embed("").to(device)
     pictures: dict[str, list] = {}
-    subspace.to(device)
     if main_process:
-        parts.to(device)
         parts.set_progress_bar_config(disable=True)
 
         def draw_base(start: int, stop: int) -> list:
@@ -167,12 +166,13 @@ def finetune(recipe: Recipe) -> None:
     parts.vae = None
     free_memory()
 
-    # What is trained, and the frozen reference beside it.
+    # What is trained, and the frozen reference beside it. Lifted on the device, where it shares the base's weights.
+    lifted = family.lift(parts.transformer, subspace)
     if recipe.lora is None:
-        network = trainable.copy_for_full_training(lifted).to(device)
-        reference = trainable.frozen_reference(parts.transformer.to(device), subspace, family.predict)
+        network = trainable.copy_for_full_training(lifted)
+        reference = trainable.frozen_reference(parts.transformer, subspace, family.predict)
     else:
-        network = lifted.to(device)
+        network = lifted
         targets = family.lora_targets(network)
         trainable.attach_lora(network, targets, family.TRAINED_ENDS, recipe.lora.rank, recipe.lora.dropout)
     network.train()
@@ -314,7 +314,13 @@ def finetune(recipe: Recipe) -> None:
             )
             network.eval()
             final = held_out_errors(pipeline.pixel_model, codec, data.held_out, device, recipe.seed)
-            save_pipeline(recipe, family, pipeline, trainable.merged(network, lifted), out / "pipeline")
+            save_pipeline(
+                recipe,
+                family,
+                pipeline,
+                trainable.merge(network, family.lift(parts.transformer, subspace)),
+                out / "pipeline",
+            )
         measure("finetuned", pictures[name])
         save_grid(out, pictures, prompts, recipe.sample.count, step)
         metrics["held_out_error"] = {"step 0": json.loads(held_out_file.read_text()), "finetuned": final}

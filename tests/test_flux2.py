@@ -99,7 +99,7 @@ def test_merging_keeps_the_trained_function(parts, subspace):
     with torch.no_grad():
         for parameter in trainable.trained_parameters(network).values():
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
-    merged = trainable.merged(network.eval(), lifted)
+    merged = trainable.merge(network.eval(), flux2.lift(parts.transformer, subspace))
     assert type(merged) is Flux2Transformer2DModel and merged.state_dict().keys() == lifted.state_dict().keys()
     x, cond = torch.randn(1, 64, 768, generator=torch.Generator().manual_seed(2)), Cond(torch.randn(1, 8, 192))
     with torch.no_grad():

@@ -29,7 +29,8 @@ def load_index(base: str, revision: str | None = None) -> dict[str, Any]:
 
 def build_lifted(transformer: ModelMixin, changes: dict[str, Any], state: dict[str, Tensor]) -> ModelMixin:
     """The same diffusers class with some config fields changed, holding `state` without a copy."""
-    with init_empty_weights():
-        lifted = type(transformer).from_config({**transformer.config, **changes})
+    config = {key: value for key, value in transformer.config.items() if key != "_use_default_values"}
+    with init_empty_weights():  # with that key, diffusers would put defaults in the place of our changes
+        lifted = type(transformer).from_config(config | changes)
     lifted.load_state_dict(state, assign=True)
     return lifted.eval()

@@ -37,7 +37,7 @@ def attach_lora(
     for name in ends:
         parent, _, last = name.rpartition(".")
         wrapper = ModulesToSaveWrapper(transformer.get_submodule(name), ADAPTER)
-        wrapper.modules_to_save[ADAPTER].float()
+        wrapper.modules_to_save[ADAPTER].float().requires_grad_(True)  # the copy of a frozen layer is frozen
         setattr(transformer.get_submodule(parent), last, wrapper)
     for parameter in transformer.parameters():
         if parameter.requires_grad:
@@ -112,24 +112,21 @@ def diffusers_name(name: str) -> str:
     return name.replace(f".modules_to_save.{ADAPTER}", "")
 
 
-def merged(transformer: nn.Module, lifted: ModelMixin) -> ModelMixin:
+def merge(transformer: nn.Module, lifted: ModelMixin) -> ModelMixin:
     """A plain diffusers model with the training folded in: trained tensors replaced, LoRA products added.
 
     Args:
-        transformer: the trained network. lifted: the untrained lifted network; it lends structure and frozen weights.
-
-    Returns:
-        A new model in the dtype of `lifted`; neither argument changes.
+        transformer: the trained network. lifted: a fresh lifted network, which takes the result in its own dtype; what
+            it shares with the base is replaced, not changed in place.
     """
-    result = copy.deepcopy(lifted)
-    target = dict(result.named_parameters())
+    state = lifted.state_dict()
     trained = {diffusers_name(name): p.detach() for name, p in trained_parameters(transformer).items()}
-    with torch.no_grad():
-        for name, value in trained.items():
-            if ".lora_A." in name:
-                up = trained[name.replace(".lora_A.", ".lora_B.")]
-                weight = target[name.replace(f".lora_A.{ADAPTER}", "")]
-                weight.copy_(weight.float() + up.float() @ value.float())
-            elif ".lora_B." not in name:
-                target[name].copy_(value)
-    return result
+    for name, value in trained.items():
+        if ".lora_A." in name:
+            up = trained[name.replace(".lora_A.", ".lora_B.")]
+            target = name.replace(f".lora_A.{ADAPTER}", "")
+            state[target] = (state[target].float() + up.float() @ value.float()).to(state[target])
+        elif ".lora_B." not in name:
+            state[name] = value.clone().to(state[name])
+    lifted.load_state_dict(state, assign=True)
+    return lifted
