@@ -95,9 +95,9 @@ def test_run_interrupted_and_resumed_is_the_same_run(kind, tmp_path, small_data,
     assert "choose another output_dir" in capsys.readouterr().err
 
 
-def test_accumulation_equals_a_larger_batch_in_size(tmp_path, small_data, subspace):
+def test_accumulation_and_no_held_out_images(tmp_path, small_data, subspace):
     out = tmp_path / "run"
-    assert run(out, small_data, subspace, "train.steps=1", "train.accumulation=3") == 0
+    assert run(out, small_data, subspace, "train.steps=1", "train.accumulation=3", "data.held_out=0") == 0
     (line,) = log_of(out)
     assert line["loss"] == pytest.approx(line["mse"])
 
