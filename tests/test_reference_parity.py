@@ -505,7 +505,7 @@ def test_case_08_loss(golden: Path) -> None:
             close(time_weight, data["time_weight"], "time_weight", rel=2e-6)
         close(to_image(target.image, grid, patch), data[f"{tag}.target_x_0"], f"{tag}.target_x_0", rel=2e-5)
 
-        loss = 5 * losses.velocity_mse(x0_hat, target.image, sigma)
+        loss = 5 * losses.velocity_mse(x0_hat, target.image, sigma).mean()
         close(loss, data[f"{tag}.loss_mse"], f"{tag}.loss_mse", rel=2e-5)
         if perceptual:
             weight = spread(losses.perceptual_weight(target, sigma))

@@ -11,11 +11,14 @@ from torch import Tensor
 
 @dataclass
 class Grams:
-    """Sums over M tokens in float64: pixel (D, D) = X^T X, cross (R, D) = Z^T X, latent (R, R) = Z^T Z, tokens = M."""
+    """Sums over M tokens in float64: pixel (D, D) = X^T X, cross (R, D) = Z^T X, latent (R, R) = Z^T Z, tokens = M,
+    and the plain sums pixel_sum (D,) and latent_sum (R,)."""
 
     pixel: Tensor
     cross: Tensor
     latent: Tensor
+    pixel_sum: Tensor
+    latent_sum: Tensor
     tokens: Tensor
 
     @staticmethod
@@ -33,6 +36,8 @@ class Grams:
             pixel=torch.zeros(pixel_dim, pixel_dim, dtype=torch.float64),
             cross=torch.zeros(rank, pixel_dim, dtype=torch.float64),
             latent=torch.zeros(rank, rank, dtype=torch.float64),
+            pixel_sum=torch.zeros(pixel_dim, dtype=torch.float64),
+            latent_sum=torch.zeros(rank, dtype=torch.float64),
             tokens=torch.zeros((), dtype=torch.float64),
         )
 
@@ -47,7 +52,22 @@ class Grams:
         self.pixel += x.mT @ x
         self.cross += z.mT @ x
         self.latent += z.mT @ z
+        self.pixel_sum += x.sum(0)
+        self.latent_sum += z.sum(0)
         self.tokens += len(x)
+
+    def rescaled(self, mean: Tensor, std: float) -> "Grams":
+        """The sums for pixel tokens (x - mean) / std, with mean (D,): another affine pixel map, without the images."""
+        mean = mean.to(self.pixel)
+        both = torch.outer(self.pixel_sum, mean)
+        return Grams(
+            pixel=(self.pixel - both - both.mT + self.tokens * torch.outer(mean, mean)) / std**2,
+            cross=(self.cross - torch.outer(self.latent_sum, mean)) / std,
+            latent=self.latent,
+            pixel_sum=(self.pixel_sum - self.tokens * mean) / std,
+            latent_sum=self.latent_sum,
+            tokens=self.tokens,
+        )
 
     def tensors(self) -> list[Tensor]:
         """The sums, in field order; adding another process's list in place merges the two."""

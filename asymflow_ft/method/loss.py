@@ -67,9 +67,9 @@ def variance_reduced_target(
 
 
 def velocity_mse(x0_hat: Tensor, target: Tensor, sigma: Tensor, sigma_floor: float = 0.05) -> Tensor:
-    """Mean of (x0_hat - target)^2 / max(sigma, floor)^2: velocity matching, written on clean images. The recipe's
-    weight of 5 multiplies it. Shape ()."""
-    return ((x0_hat - target) / sigma.clamp(min=sigma_floor)).square().mean()
+    """Mean of (x0_hat - target)^2 / max(sigma, floor)^2 of each sample, (B,): velocity matching, written on clean
+    images. The recipe's weight of 5 multiplies it."""
+    return ((x0_hat - target) / sigma.clamp(min=sigma_floor)).square().mean((1, 2))
 
 
 def perceptual_weight(target: Target, sigma: Tensor, sigma_floor: float = 0.05) -> Tensor:
