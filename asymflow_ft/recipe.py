@@ -1,143 +1,21 @@
-"""Recipes: YAML -> frozen dataclasses. Every key is listed here; an unknown one is an error with a suggestion.
+"""Recipes: YAML -> the frozen dataclasses of recipe_keys.py. An unknown key is an error with a suggestion.
 
-docs/recipes.md describes each key for users. Values can be overridden on the command line as `section.key=value`.
+Values can be overridden on the command line as `section.key=value`.
 """
 
 import difflib
+import math
 import types
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+from asymflow_ft.recipe_keys import Data, Part, Recipe, Train
 
-@dataclass(frozen=True)
-class Data:
-    """Images with captions. `source`: an image folder (metadata.jsonl, metadata.csv or one .txt beside each image),
-    or a Hub dataset. Images are resized to about `resolution`**2 pixels in multiples of the patch."""
-
-    source: str
-    split: str = "train"
-    image_column: str = "image"
-    caption_column: str = "text"
-    resolution: int = 1024
-    held_out: int = 16  # last images, never trained on; the held-out error is measured on them
-
-
-@dataclass(frozen=True)
-class Text:
-    """Text embeddings are computed once, before the transformer is loaded. `max_length`: tokens per prompt."""
-
-    max_length: int = 512
-
-
-@dataclass(frozen=True)
-class Align:
-    """`path`: the aligned subspace (folder or official file). `mode` "require" stops without it, "auto" makes it."""
-
-    path: str
-    mode: Literal["require", "auto"] = "require"
-    num_images: int = 1000
-
-
-@dataclass(frozen=True)
-class Pixels:
-    """Pixel representation that the model learns: normalised Oklab, or RGB."""
-
-    space: Literal["oklab", "rgb"] = "oklab"
-    mean: tuple[float, ...] = (0.56, 0.0, 0.01)
-    std: float = 0.16
-
-
-@dataclass(frozen=True)
-class Lora:
-    """Adapters on the family's target modules; the end layers are trained in full beside them."""
-
-    rank: int = 256
-    dropout: float = 0.05
-
-
-@dataclass(frozen=True)
-class Noise:
-    """Training noise levels: logit-normal, then a timestep shift. `shift` null: scale x the base's native shift."""
-
-    shift: float | None = None
-    mean: float = 0.0
-    std: float = 1.0
-
-
-@dataclass(frozen=True)
-class Loss:
-    """Weights of the two terms. `kappa` null turns the fade off; `perceptual` "none" trains on the first alone."""
-
-    mse: float = 5.0
-    perceptual: Literal["lpips", "none"] = "lpips"
-    perceptual_weight: float = 1.0
-    kappa: float | None = 0.3
-    sigma_floor: float = 0.05
-
-
-@dataclass(frozen=True)
-class Train:
-    """The optimizer's run. `batch_size` is per process and micro-batch; the effective batch is batch_size x
-    accumulation x processes."""
-
-    steps: int = 15000
-    batch_size: int = 1
-    accumulation: int = 1
-    lr: float = 1e-4
-    lr_output: float = 1e-3  # proj_out, which starts from a rank-R matrix
-    betas: tuple[float, ...] = (0.9, 0.95)
-    weight_decay: float = 0.0
-    optimizer: Literal["adamw8bit", "adamw"] = "adamw8bit"
-    warmup: int = 100
-    clip_norm: float = 200.0
-    clip_after: int = 100
-    caption_dropout: float = 0.0
-    precision: Literal["bf16", "no"] = "bf16"
-    gradient_checkpointing: bool = True
-    ema_gamma: float = 7.0  # Karras power-function EMA; mean age of the average is about 11 % of training
-    ema_start: int = 100
-    checkpoint_every: int = 500
-    keep_checkpoints: int = 2
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Validation grids and the saved pipeline's defaults. `prompts`: a text file, one prompt a line. `every`: steps
-    between grids (0: only before and after training). `shift` null: as `noise.shift`."""
-
-    prompts: str
-    every: int = 500
-    count: int = 8
-    steps: int = 38
-    guidance: float = 4.0
-    orthogonal: float = 1.0
-    clamp: bool = True
-    shift: float | None = None
-    shift_mode: Literal["sqrt", "exp", "static"] = "sqrt"
-    judge: int = 0  # prompts of the retrieval measurement, which needs captions that name images of the data set
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """One conversion, from base to pipeline. `lora` null: train all weights, beside one frozen reference."""
-
-    base: str
-    output_dir: str
-    data: Data
-    align: Align
-    sample: Sample
-    revision: str | None = None
-    seed: int = 0
-    text: Text = field(default_factory=Text)
-    pixels: Pixels = field(default_factory=Pixels)
-    lora: Lora | None = field(default_factory=Lora)
-    noise: Noise = field(default_factory=Noise)
-    loss: Loss = field(default_factory=Loss)
-    train: Train = field(default_factory=Train)
+__all__ = ["Data", "Part", "Recipe", "Train", "flat", "load_recipe", "override", "plain", "save_recipe"]
 
 
 def load_recipe(file: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -155,6 +33,19 @@ def load_recipe(file: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds no keys; a recipe is a YAML mapping")
+    return _with_overrides(values, overrides)
+
+
+def override(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """The recipe with `key=value` overrides, as on the command line.
+
+    Raises:
+        ValueError: as `load_recipe`.
+    """
+    return _with_overrides(plain(recipe), overrides)
+
+
+def _with_overrides(values: dict[str, Any], overrides: Sequence[str]) -> Recipe:
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
@@ -165,41 +56,62 @@ def load_recipe(file: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             section = section.setdefault(parent, {})
             if not isinstance(section, dict):
                 raise ValueError(f"override {override!r}: {parent} is {section!r} in the recipe, not a section")
-        section[last] = yaml.safe_load(value)
+        try:
+            section[last] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"override {override!r}: {value!r} is not a YAML value ({error})") from error
     recipe = _build(Recipe, values, "")
     check(recipe)
     return recipe
 
 
+POSITIVE = (
+    "data.resolution", "data.more_resolutions", "text.max_length", "align.num_images", "pixels.std", "lora.rank",
+    "noise.shift", "noise.std", "loss.sigma_floor", "train.steps", "train.batch_size", "train.accumulation",
+    "train.lr", "train.clip_norm", "train.ema_gamma", "train.max_bad_steps", "train.checkpoint_every",
+    "train.keep_checkpoints", "sample.steps", "sample.count", "sample.shift",
+)  # fmt: skip
+NOT_NEGATIVE = (
+    "seed", "data.held_out", "data.workers", "data.max_unreadable", "loss.mse", "loss.perceptual_weight", "loss.kappa",
+    "train.lr_ends", "train.lr_output", "train.weight_decay", "train.warmup", "train.clip_after", "train.ema_start",
+    "sample.every", "sample.judge",
+)  # fmt: skip
+BELOW_ONE = ("train.caption_dropout", "train.betas", "lora.dropout")
+
+
 def check(recipe: Recipe) -> None:
-    """Refuse values that cannot work together.
+    """Refuse values that cannot work, alone or together.
 
     Raises:
         ValueError: names the key, its value, and what it may be.
     """
-    positive = {
-        "data.resolution": recipe.data.resolution,
-        "train.steps": recipe.train.steps,
-        "train.batch_size": recipe.train.batch_size,
-        "train.accumulation": recipe.train.accumulation,
-        "train.lr": recipe.train.lr,
-        "train.checkpoint_every": recipe.train.checkpoint_every,
-        "train.keep_checkpoints": recipe.train.keep_checkpoints,
-        "train.clip_norm": recipe.train.clip_norm,
-        "align.num_images": recipe.align.num_images,
-        "sample.steps": recipe.sample.steps,
-        "sample.count": recipe.sample.count,
-        "pixels.std": recipe.pixels.std,
-        "noise.shift": 1.0 if recipe.noise.shift is None else recipe.noise.shift,
-        "lora.rank": 1 if recipe.lora is None else recipe.lora.rank,
-    }
-    for key, value in positive.items():
-        if not value > 0:
-            raise ValueError(f"{key} is {value}; it must be positive")
-    if not 0 <= recipe.train.caption_dropout < 1:
-        raise ValueError(f"train.caption_dropout is {recipe.train.caption_dropout}; it must be in [0, 1)")
-    if recipe.data.held_out < 0:
-        raise ValueError(f"data.held_out is {recipe.data.held_out}; it must be 0 or more images")
+    values = flat(recipe)
+    rules: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
+        (POSITIVE, lambda value: value > 0, "positive"),
+        (NOT_NEGATIVE, lambda value: value >= 0, "0 or more"),
+        (BELOW_ONE, lambda value: 0 <= value < 1, "in [0, 1)"),
+    )
+    for keys, holds, what in rules:
+        for key in keys:
+            value = values.get(key)  # keys of a section that is null are not there
+            numbers = value if isinstance(value, list) else [] if value is None else [value]
+            if not all(map(holds, numbers)):
+                raise ValueError(f"{key} is {value}; it must be {what}")
+    for key, count in (("train.betas", 2), ("pixels.mean", 3)):
+        if len(values[key]) != count:
+            raise ValueError(f"{key} is {values[key]}; it must have {count} numbers")
+    recipe.data.parts()
+    every, lasting = recipe.train.checkpoint_every, recipe.train.keep_every
+    if lasting is not None and (lasting <= 0 or lasting % every):
+        raise ValueError(
+            f"train.keep_every is {lasting}; checkpoints are made every {every} steps (train.checkpoint_every), "
+            "so it must be a multiple of that"
+        )
+    if recipe.lora is None and recipe.train.base_weights != "full":
+        raise ValueError(
+            f"train.base_weights is {recipe.train.base_weights!r}, but lora is null and all weights are trained; "
+            "quantised weights cannot be. Set train.base_weights=full, or train adapters with lora={rank: 256}"
+        )
 
 
 def save_recipe(recipe: Recipe, file: str | Path, header: str = "") -> None:
@@ -213,10 +125,18 @@ def plain(recipe: Recipe) -> dict[str, Any]:
     return {key: _listed(value) for key, value in asdict(recipe).items()}
 
 
+def flat(recipe: Recipe) -> dict[str, Any]:
+    """Values by dotted key, such as "train.lr"; a section that is null is one key."""
+    found: dict[str, Any] = {}
+    for key, value in plain(recipe).items():
+        found |= {f"{key}.{name}": inner for name, inner in value.items()} if isinstance(value, dict) else {key: value}
+    return found
+
+
 def _listed(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _listed(inner) for key, inner in value.items()}
-    return list(value) if isinstance(value, tuple) else value
+    return [_listed(inner) for inner in value] if isinstance(value, tuple) else value
 
 
 def _build(kind: type, values: Any, prefix: str) -> Any:
@@ -251,14 +171,16 @@ def _coerce(kind: Any, value: Any, key: str) -> Any:
         raise ValueError(f"{key} is {value!r}; it must be one of {', '.join(map(repr, get_args(kind)))}")
     if get_origin(kind) is tuple:
         if isinstance(value, list | tuple):
-            return tuple(_coerce(get_args(kind)[0], item, key) for item in value)
+            return tuple(_coerce(get_args(kind)[0], item, f"{key}[{i}]") for i, item in enumerate(value))
         raise ValueError(f"{key} is {value!r}; it must be a list, such as [0.9, 0.95]")
     if kind is float and not isinstance(value, bool):
         try:
-            return float(value)  # YAML reads 1e-4, without a dot, as text
-        except (TypeError, ValueError):
-            pass
+            number = float(value)  # YAML reads 1e-4, without a dot, as text
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
+        if math.isfinite(number):
+            return number
     elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
-    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    names = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false"}
     raise ValueError(f"{key} is {value!r}; it must be {names[kind]}")

@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from asymflow_ft.recipe import load_recipe, save_recipe
+from asymflow_ft.recipe import Part, load_recipe, save_recipe
 from tests.conftest import REPOSITORY
 
-SHIPPED = sorted((REPOSITORY / "recipes").rglob("*.yaml"))
+SHIPPED = sorted(f for f in (REPOSITORY / "recipes").rglob("*.yaml") if f.parent.name != "accelerate")
 
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda path: path.stem)
@@ -52,12 +52,32 @@ def test_overrides():
         ("train=5", "must be a section"),
         ("seed.x=5", "seed is 0 in the recipe, not a section"),
         ("steps", "not of the form key=value"),
+        ("train.keep_every=100", r"train.keep_every is 100; checkpoints are made every 300 steps"),
+        ("train.keep_every=0", "must be a multiple of that"),
+        ("train.base_weights=nf4", "all weights are trained; quantised weights cannot be"),
+        ("train.ema_device=gpu", "must be one of 'same', 'cpu'"),
         ("train.caption_dropout=1.5", r"must be in \[0, 1\)"),
+        ("data.source=null", "the recipe lacks data.source"),
+        ("data.mix=[{source: x}]", "data.source is 'recipes/tiny/data' and data.mix is given too"),
+        (
+            "data.mix=[{source: x}, {source: y, wieght: 2}]",
+            r"key data.mix\[1\].wieght; did you mean data.mix\[1\].weight",
+        ),
+        ("data.mix=[{weight: 2}]", r"the recipe lacks data.mix\[0\].source"),
+        ("data.streaming=true", "data.streaming of recipes/tiny/data needs data.limit"),
     ],
 )
 def test_mistakes_are_named(override, message):
     with pytest.raises(ValueError, match=message):
         load_recipe(REPOSITORY / "recipes/tiny/finetune.yaml", [override])
+
+
+def test_a_mix_is_saved_and_read_back(tmp_path):
+    mix = "[{source: a, weight: 2}, {source: b/c, weight: 0.5, split: test, limit: 3, streaming: true}]"
+    recipe = load_recipe(REPOSITORY / "recipes/tiny/finetune.yaml", ["data.source=null", f"data.mix={mix}"])
+    assert recipe.data.parts() == (Part("a", 2.0), Part("b/c", 0.5, split="test", limit=3, streaming=True))
+    save_recipe(recipe, tmp_path / "saved.yaml")
+    assert load_recipe(tmp_path / "saved.yaml") == recipe
 
 
 def test_missing_keys_and_files(tmp_path):
