@@ -1,132 +1,179 @@
-"""Where images and captions come from: a local folder or a Hub dataset, through `datasets`."""
+"""Where images and captions come from: files, tar shards, tables, Hub datasets, and mixes of them (docs/data.md)."""
 
-import hashlib
-import io
-from dataclasses import dataclass
+import bisect
+import glob
+import itertools
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import datasets
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+from asymflow_ft.data.decode import UnreadableImage, decode
+from asymflow_ft.data.files import (
+    IMAGE_SUFFIXES,
+    METADATA_FILES,
+    open_images,
+    open_metadata,
+    open_tars,
+    records_of,
+    suffix_of,
+    walk,
+)
+from asymflow_ft.data.rows import Rows
+from asymflow_ft.data.tables import keep_stream, load, load_saved, open_table
+from asymflow_ft.recipe import Data, Part
+
+__all__ = ["Images", "UnreadableImage", "decode", "open_source", "open_sources"]
 
 
-class UnreadableImage(Exception):
-    """An image that PIL cannot decode; callers count these and go on."""
+class Images:
+    """All rows of all parts, one part after the other. The methods are those of `Rows`, and two more.
 
+    Args:
+        weights: of each part; how often one epoch goes over it.
+    """
 
-@dataclass(frozen=True)
-class Source:
-    """Images with captions, read lazily by index."""
-
-    table: datasets.Dataset
-    image_column: str
-    caption_column: str | None
+    def __init__(self, parts: Sequence[Rows], weights: Sequence[float]):
+        self.parts, self.weights = parts, weights
+        self.ends = list(itertools.accumulate(map(len, parts)))
 
     def __len__(self) -> int:
-        return len(self.table)
+        return self.ends[-1]
 
-    def caption(self, index: int) -> str:
-        if self.caption_column is None:
-            raise ValueError("this source was opened without captions")
-        return str(self.table[self.caption_column][index])
+    def _part(self, row: int) -> int:
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of {len(self)}")
+        return bisect.bisect_right(self.ends, row)
 
-    def captions(self) -> list[str]:
-        return [] if self.caption_column is None else [str(text) for text in self.table[self.caption_column]]
+    def _at(self, row: int) -> tuple[Rows, int]:
+        part = self._part(row)
+        return self.parts[part], row - self.ends[part] + len(self.parts[part])
 
-    def name(self, index: int) -> str:
-        """What to call the image in a message."""
-        return str(self.table[index][self.image_column].get("path") or f"row {index}")
+    def captions(self, row: int) -> tuple[str, ...]:
+        rows, inner = self._at(row)
+        return rows.captions(inner)
 
-    def content(self, index: int) -> bytes:
-        """The encoded file.
+    def name(self, row: int) -> str:
+        rows, inner = self._at(row)
+        return rows.name(inner)
+
+    def stamp(self, row: int) -> str:
+        rows, inner = self._at(row)
+        return rows.stamp(inner)
+
+    def content(self, row: int) -> bytes:
+        rows, inner = self._at(row)
+        return rows.content(inner)
+
+    def weight(self, row: int) -> float:
+        return self.weights[self._part(row)]
+
+    def image(self, row: int) -> Image.Image:
+        """The decoded picture.
 
         Raises:
-            UnreadableImage: the file is gone or empty.
+            UnreadableImage: the file is gone, cut short, or no image.
         """
-        stored = self.table[index][self.image_column]
-        try:
-            return stored["bytes"] if stored["bytes"] is not None else Path(stored["path"]).read_bytes()
-        except (OSError, TypeError) as error:
-            raise UnreadableImage(f"{self.name(index)}: {error}") from error
+        return decode(self.content(row), self.name(row))
 
-    def image(self, index: int) -> tuple[Image.Image, str]:
-        """The picture in RGB (transparency on white), and a hash of its file.
 
-        Raises:
-            UnreadableImage: the file is gone, truncated, or no image.
-        """
-        content = self.content(index)
-        try:
-            picture = Image.open(io.BytesIO(content))
-            picture.load()
-        except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as error:
-            raise UnreadableImage(f"{self.name(index)}: {error}") from error
-        if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-            rgba = picture.convert("RGBA")
-            picture = Image.new("RGBA", rgba.size, "white")
-            picture.alpha_composite(rgba)
-        return picture.convert("RGB"), hashlib.sha256(content).hexdigest()
+def open_sources(data: Data, captions: bool = True, stream_folder: Path | None = None) -> Images:
+    """Open a recipe's data.
+
+    Args:
+        captions: False opens images alone. stream_folder: where parts with `streaming` are kept.
+
+    Raises:
+        ValueError: a part cannot be opened, holds no images, or lacks captions that are text.
+    """
+    parts = data.parts()
+    return Images([_open(part, captions, stream_folder) for part in parts], [part.weight for part in parts])
 
 
 def open_source(
     source: str, split: str = "train", image_column: str = "image", caption_column: str | None = "text"
-) -> Source:
-    """Open an image folder (metadata.jsonl / .csv, or one .txt beside each image) or a Hub dataset.
+) -> Images:
+    """Open one source; without captions if `caption_column` is None. Raises as `open_sources` does."""
+    data = Data(source=source, split=split, image_column=image_column, caption_column=caption_column or "text")
+    return open_sources(data, caption_column is not None)
 
-    Args:
-        caption_column: None opens images alone.
 
-    Raises:
-        ValueError: nothing there, no images, or a column that does not exist (the existing ones are listed).
-    """
-    table = _open_folder(Path(source)) if Path(source).is_dir() else _open_hub(source, split)
-    for key, column in (("image_column", image_column), ("caption_column", caption_column)):
-        if column is not None and column not in table.column_names:
+def _open(part: Part, captions: bool, stream_folder: Path | None) -> Rows:
+    if part.streaming:
+        if stream_folder is None:
+            raise ValueError(f"{part.source} is a stream, which only the commands with a recipe can keep on disk")
+        kept = keep_stream(part, stream_folder)
+        return open_table(kept, replace(part, image_column="image", caption_column="text"), captions)
+    path = Path(part.source).expanduser()
+    if path.is_dir():
+        return _open_folder(part, path, captions)
+    if path.is_file():
+        return _open_files(part, [str(path)], captions)
+    if glob.has_magic(part.source):
+        files = sorted(glob.glob(str(path), recursive=True))
+        if not files:
+            raise ValueError(f"no file matches {part.source}")
+        return _open_files(part, files, captions)
+    if part.source.startswith((".", "/", "~")) or part.source.count("/") > 1 or "{" in part.source:
+        raise ValueError(f"there is no file or folder {part.source}; patterns such as shards/*.tar are possible")
+    return open_table(load(part, part.source, split=part.split), part, captions)
+
+
+def _open_folder(part: Part, folder: Path, captions: bool) -> Rows:
+    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        return open_table(load_saved(part, folder), part, captions)
+    metadata = [str(folder / name) for name in METADATA_FILES if (folder / name).is_file()]
+    if metadata:
+        if len(metadata) > 1:
             raise ValueError(
-                f"{source} has no column {column!r}; it has {', '.join(table.column_names)} (recipe key data.{key})"
+                f"{folder} holds several metadata files; name one of them as source: {', '.join(metadata)}"
             )
-    if len(table) == 0:
-        raise ValueError(f"{source} holds no images")
-    return Source(table.cast_column(image_column, datasets.Image(decode=False)), image_column, caption_column)
+        return _open_files(part, metadata, captions)
+    files = walk(folder)
+    suffixes = {suffix_of(path) for path in files}
+    kinds = [suffix for suffix in (".tar", ".parquet", ".arrow") if suffix in suffixes]
+    if len(kinds) > 1 or (kinds and suffixes & IMAGE_SUFFIXES):
+        both = ", ".join(sorted(suffixes & {*kinds, *IMAGE_SUFFIXES}))
+        raise ValueError(
+            f"{folder} holds {both} files, and it is not clear which are meant; name them by a pattern, such as "
+            f"{folder}/*{kinds[0]}, or move the others elsewhere"
+        )
+    if kinds == [".tar"]:
+        return _open_files(part, [path for path in files if suffix_of(path) == ".tar"], captions)
+    if kinds:
+        return open_table(load(part, str(folder.resolve()), split=part.split), part, captions)
+    _refuse(part, "split", "subset", "image_column")
+    return open_images(folder, files, part.caption_column if captions else None, part.limit)
 
 
-def _open_folder(folder: Path) -> datasets.Dataset:
-    if any(folder.glob("*.parquet")) or any(folder.glob("*.arrow")):
-        return _load(str(folder), "train")
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    if not files:
-        raise ValueError(f"{folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    for metadata in ("metadata.jsonl", "metadata.csv"):
-        if (folder / metadata).is_file():
-            kind = "json" if metadata.endswith("jsonl") else "csv"
-            return _join(_load(kind, "train", data_files=str(folder / metadata)), folder, metadata)
-    beside = [path.with_suffix(".txt") for path in files]
-    columns: dict[str, Any] = {"image": [{"path": str(path), "bytes": None} for path in files]}
-    if any(text.is_file() for text in beside):
-        bare = [path.name for path, text in zip(files, beside, strict=True) if not text.is_file()]
-        if bare:
-            raise ValueError(f"{len(bare)} of {len(files)} images in {folder} have no .txt caption, such as {bare[0]}")
-        columns["text"] = [text.read_text(encoding="utf-8").strip() for text in beside]
-    return datasets.Dataset.from_dict(columns)
+def _open_files(part: Part, files: list[str], captions: bool) -> Rows:
+    _refuse(part, "split", "subset")
+    caption_column = part.caption_column if captions else None
+    kinds, first = {suffix_of(path) for path in files}, Path(files[0])
+    if kinds == {".tar"}:
+        _refuse(part, "image_column")
+        return open_tars(files, caption_column, part.limit)
+    if kinds in ({".parquet"}, {".arrow"}):
+        table = load(part, first.suffix[1:].lower(), data_files=files, split="train")
+        if part.image_column in table.column_names or "file_name" not in table.column_names or len(files) > 1:
+            return open_table(table, part, captions)
+        records = iter(table)
+    elif kinds <= {".jsonl", ".csv"} and len(files) == 1:
+        records = records_of(first)
+    else:
+        raise ValueError(
+            f"{part.source} is none of: a folder, a Hub dataset, one .jsonl or .csv file, .tar, .parquet, .arrow files"
+        )
+    _refuse(part, "image_column")
+    return open_metadata(first, records, caption_column, part.limit)
 
 
-def _join(table: datasets.Dataset, folder: Path, metadata: str) -> datasets.Dataset:
-    if "file_name" not in table.column_names:
-        raise ValueError(f"{folder / metadata} has no file_name column; it has {', '.join(table.column_names)}")
-    images = [{"path": str(folder / name), "bytes": None} for name in table["file_name"]]
-    return table.remove_columns("file_name").add_column("image", images)
-
-
-def _open_hub(source: str, split: str) -> datasets.Dataset:
-    if source.startswith((".", "/", "~")):
-        raise ValueError(f"there is no folder {source}")
-    return _load(source, split)
-
-
-def _load(path: str, split: str, **options: Any) -> datasets.Dataset:
-    try:
-        return datasets.load_dataset(path, split=split, **options)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError, ConnectionError) as error:
-        raise ValueError(f"cannot open the data {options.get('data_files', path)!r}: {error}") from error
+def _refuse(part: Part, *keys: str) -> None:
+    """Files have no splits, no subsets and no image column, so a recipe that names one means something else."""
+    given, default = vars(part), vars(Part(part.source))
+    for key in keys:
+        if given[key] != default[key]:
+            raise ValueError(
+                f"data.{key} is {given[key]!r}, but {part.source} is read as files, which have none; remove it"
+            )
