@@ -3,9 +3,11 @@
 Runs without the rest of this package (the exporter ships the file as it is).
 """
 
+import numpy as np
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
+from PIL import Image
 
 # Bjorn Ottosson's Oklab matrices (https://bottosson.github.io/posts/oklab/): linear sRGB -> LMS, LMS^(1/3) -> Oklab.
 RGB_TO_LMS = (
@@ -37,6 +39,11 @@ def _cube_root(lms: torch.Tensor) -> torch.Tensor:
     # The slope is infinite at 0 and black pixels sit exactly there; 1e-12 moves a colour by at most 1e-4.
     positive = lms > 0
     return torch.where(positive, lms.clamp(min=1e-30) ** (1 / 3), torch.zeros_like(lms))
+
+
+def rgb_tensor(image: Image.Image) -> torch.Tensor:
+    """A picture -> (3, H, W) in [-1, 1]."""
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 127.5 - 1
 
 
 class PixelCodec(ModelMixin, ConfigMixin):

@@ -1,193 +1,150 @@
-"""Images at bucket sizes, their latents and their captions' embeddings: computed once, cached on disk."""
+"""What training reads: entries (an image at one size), and batches of pixels, latents and text embeddings."""
 
 import hashlib
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
-from tqdm import tqdm
+from torch.utils.data import Dataset
 
-from asymflow_ft.data.source import Source, UnreadableImage
-
-
-def bucket_size(width: int, height: int, resolution: int, patch: int) -> tuple[int, int]:
-    """(width, height) in multiples of the patch, near resolution**2 pixels, near the image's aspect ratio."""
-    ratio = math.sqrt(width / height)
-    return tuple(max(round(resolution * side / patch), 1) * patch for side in (ratio, 1 / ratio))  # type: ignore[return-value]
-
-
-def fit_image(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Resize (Lanczos) to cover `size` = (width, height) and crop the centre; the aspect ratio is kept."""
-    factor = max(size[0] / image.width, size[1] / image.height)
-    scaled = (max(round(image.width * factor), size[0]), max(round(image.height * factor), size[1]))
-    if scaled != image.size:
-        image = image.resize(scaled, Image.Resampling.LANCZOS)
-    left, top = (image.width - size[0]) // 2, (image.height - size[1]) // 2
-    return image.crop((left, top, left + size[0], top + size[1]))
-
-
-def to_tensor(image: Image.Image) -> Tensor:
-    """RGB picture -> (3, H, W) in [-1, 1]."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
-
-
-def content_key(*parts: object) -> str:
-    """A short hash of everything that a cached tensor depends on."""
-    return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:32]
-
-
-class TensorCache:
-    """One safetensors file per tensor; a file is complete or absent."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def __contains__(self, key: str) -> bool:
-        return (self.folder / f"{key}.safetensors").is_file()
-
-    def __getitem__(self, key: str) -> Tensor:
-        return load_file(self.folder / f"{key}.safetensors")["value"]
-
-    def __setitem__(self, key: str, value: Tensor) -> None:
-        part = self.folder / f"{key}.part"
-        save_file({"value": value.detach().cpu().contiguous()}, part)
-        part.replace(self.folder / f"{key}.safetensors")
+from asymflow_ft.components.color import rgb_tensor
+from asymflow_ft.data.buckets import Size, bucket_size, fit_image
+from asymflow_ft.data.decode import UnreadableImage, decode
+from asymflow_ft.data.scan import Picture
+from asymflow_ft.data.source import Images
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One usable image: its row in the source, its bucket (width, height), and its cache keys."""
+    """One usable image at one size: its row in the source, bucket (width, height), content hash, visits per epoch."""
 
     row: int
-    size: tuple[int, int]
-    latents: str
-    text: str
+    size: Size
+    digest: str
+    weight: float
 
 
 @dataclass(frozen=True)
 class Batch:
-    """rgb (B, 3, H, W) in [-1, 1]; z0 latent tokens (B, N, R); embeds (B, L, E); indices into the data set."""
+    """rgb (B, 3, H, W) in [-1, 1]; z0 latent tokens (B, N, R); embeds (B, L, E); serial numbers of the samples, from
+    which all their randomness follows; and what to call the images in a message."""
 
     rgb: Tensor
     z0: Tensor
     embeds: Tensor
-    indices: list[int]
+    serials: list[int]
+    names: list[str]
+
+
+class Encoded(Protocol):
+    """Where latents and embeddings come from: the cache, or the models themselves."""
+
+    def latents(self, entry: Entry, rgb: Tensor) -> Tensor:
+        """Latent tokens (N, R) of an entry with pixels `rgb` (3, H, W)."""
+        ...
+
+    def embeds(self, caption: str) -> Tensor:
+        """Text embedding (L, E)."""
+        ...
+
+
+def make_entries(
+    images: Images, pictures: Sequence[Picture], resolutions: Sequence[int], patch: int, held_out: int
+) -> tuple[list[Entry], list[Entry]]:
+    """Usable images at each resolution that they fill without being enlarged (or at the smallest).
+
+    Args:
+        pictures: what `scan` found, one per row.
+
+    Returns:
+        Training entries, and those of `held_out` images: the ones with the smallest hashes, so neither sorting nor a
+        copy under another name moves one into training.
+
+    Raises:
+        ValueError: no image is left to train on.
+    """
+    digests = sorted({picture.digest for picture in pictures if not picture.error})
+    kept_back = set(digests[:held_out])
+    if not digests[held_out:]:
+        raise ValueError(
+            f"{len(digests)} different usable images leave none to train on after data.held_out={held_out}; "
+            "use more images or hold out fewer"
+        )
+    train: list[Entry] = []
+    test: list[Entry] = []
+    for row, picture in enumerate(pictures):
+        if picture.error:
+            continue
+        area = picture.width * picture.height
+        filled = [r for r in resolutions if r * r <= area] or [min(resolutions)]
+        if picture.digest in kept_back:
+            filled = filled[:1]
+        for size in dict.fromkeys(bucket_size(picture.width, picture.height, r, patch) for r in filled):
+            entry = Entry(row, size, picture.digest, images.weight(row))
+            (test if picture.digest in kept_back else train).append(entry)
+    return train, test
 
 
 class PreparedData(Dataset):
-    """Entries with what training reads of them. Indexing gives (rgb, z0, embeds) of one image."""
+    """Entries as training samples. An index is (serial number of the sample, index of the entry).
 
-    def __init__(self, source: Source, entries: Sequence[Entry], latents: TensorCache, text: TensorCache):
-        self.source, self.entries, self.latents, self.text = source, list(entries), latents, text
+    Which of several captions a sample gets, and whether it is dropped for the empty one, follow from (seed, serial).
+    An image that changed since it was scanned is an error, which `collate` hands on.
+    """
+
+    def __init__(
+        self, images: Images, entries: Sequence[Entry], encoded: Encoded, seed: int, caption_dropout: float = 0.0
+    ):
+        self.images, self.entries, self.encoded = images, list(entries), encoded
+        self.seed, self.caption_dropout = seed, caption_dropout
 
     def __len__(self) -> int:
         return len(self.entries)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor, int]:
-        entry = self.entries[index]
-        image, _ = self.source.image(entry.row)
-        return (
-            to_tensor(fit_image(image, entry.size)),
-            self.latents[entry.latents].float(),
-            self.text[entry.text],
-            index,
-        )
-
-
-def collate(items: list[tuple[Tensor, Tensor, Tensor, int]]) -> Batch:
-    rgb, z0, embeds, indices = zip(*items, strict=True)
-    return Batch(torch.stack(rgb), torch.stack(z0), torch.stack(embeds), list(indices))
-
-
-def prepare_images(
-    source: Source,
-    resolution: int,
-    patch: int,
-    fingerprint: str,
-    cache: TensorCache,
-    text_key: Callable[[str], str],
-    encode: Callable[[Tensor], Tensor],
-    show: bool = True,
-) -> tuple[list[Entry], list[str]]:
-    """Find every image's bucket and cache its latents.
-
-    Args:
-        fingerprint: names the VAE; part of the cache key. encode: RGB (1, 3, H, W) in [-1, 1] -> tokens (1, N, R).
-
-    Returns:
-        Entries in source order, and a line for each image that could not be read.
-
-    Raises:
-        ValueError: no image could be read.
-    """
-    entries, unreadable = [], []
-    captions = source.captions()
-    for row in tqdm(range(len(source)), desc="latents", disable=not show, mininterval=1):
+    def __getitem__(self, index: tuple[int, int]) -> Batch | ValueError:
+        serial, entry = index[0], self.entries[index[1]]
+        rng = np.random.default_rng((self.seed, serial))
         try:
-            image, digest = source.image(row)
-        except UnreadableImage as error:
-            unreadable.append(str(error))
-            continue
-        size = bucket_size(*image.size, resolution, patch)
-        key = content_key(fingerprint, digest, size)
-        if key not in cache:
-            # seeded by content: the posterior sample does not depend on order or on an interruption
-            torch.manual_seed(int(key[:15], 16))
-            cache[key] = encode(to_tensor(fit_image(image, size))[None])[0].half()
-        entries.append(Entry(row, size, key, text_key(captions[row])))
-    if not entries:
-        raise ValueError(f"none of the {len(source)} images could be read, first: {unreadable[0]}")
-    return entries, unreadable
+            captions = self.images.captions(entry.row)
+            caption = captions[rng.integers(len(captions))]
+            return self._batch(entry, "" if rng.random() < self.caption_dropout else caption, serial)
+        except (UnreadableImage, ValueError) as error:
+            return ValueError(str(error))
+
+    def first(self, index: int) -> Batch:
+        """One entry with its first caption: for measuring."""
+        entry = self.entries[index]
+        return self._batch(entry, self.images.captions(entry.row)[0], index)
+
+    def _batch(self, entry: Entry, caption: str, serial: int) -> Batch:
+        name, content = self.images.name(entry.row), self.images.content(entry.row)
+        if hashlib.sha256(content).hexdigest() != entry.digest:
+            raise ValueError(f"{name} changed since the run looked at it; start the command again to take it in anew")
+        rgb = rgb_tensor(fit_image(decode(content, name), entry.size))
+        z0, embeds = self.encoded.latents(entry, rgb), self.encoded.embeds(caption)
+        return Batch(rgb[None], z0[None].float(), embeds[None], [serial], [name])
+
+    def picture(self, index: int) -> Image.Image:
+        """An entry's image at its size."""
+        entry = self.entries[index]
+        return fit_image(decode(self.images.content(entry.row), self.images.name(entry.row)), entry.size)
 
 
-class BucketBatches(Sampler[list[int]]):
-    """Endless batches of equal image size; batch n is a function of the seed and n alone, so any run can resume.
-
-    Every epoch shuffles anew; a bucket's last batch is filled up from its own start.
-
-    Args:
-        sizes: bucket of each entry. start: index of the first batch of this process. rank, world: this process takes
-            every world-th batch.
-    """
-
-    def __init__(
-        self,
-        sizes: Sequence[tuple[int, int]],
-        batch_size: int,
-        seed: int,
-        start: int = 0,
-        rank: int = 0,
-        world: int = 1,
-    ):
-        self.batch_size, self.seed, self.start, self.rank, self.world = batch_size, seed, start, rank, world
-        self.buckets: dict[tuple[int, int], list[int]] = {}
-        for index, size in enumerate(sizes):
-            self.buckets.setdefault(size, []).append(index)
-        self.per_epoch = sum(-(-len(items) // batch_size) for items in self.buckets.values())
-
-    def epoch(self, number: int) -> list[list[int]]:
-        rng = np.random.default_rng((self.seed, number))
-        batches = []
-        for items in self.buckets.values():
-            order = [items[i] for i in rng.permutation(len(items))]
-            padded = order + [order[i % len(order)] for i in range(-len(order) % self.batch_size)]
-            batches += [padded[i : i + self.batch_size] for i in range(0, len(padded), self.batch_size)]
-        return [batches[i] for i in rng.permutation(len(batches))]
-
-    def __iter__(self) -> Iterator[list[int]]:
-        n = self.start * self.world + self.rank
-        current, batches = -1, []
-        while True:
-            if n // self.per_epoch != current:
-                current = n // self.per_epoch
-                batches = self.epoch(current)
-            yield batches[n % self.per_epoch]
-            n += self.world
+def collate(items: Sequence[Batch | ValueError]) -> Batch | ValueError:
+    """One batch of single samples, or the first error among them (a data worker cannot raise it readably)."""
+    batches: list[Batch] = []
+    for item in items:
+        if isinstance(item, ValueError):
+            return item
+        batches.append(item)
+    return Batch(
+        rgb=torch.cat([batch.rgb for batch in batches]),
+        z0=torch.cat([batch.z0 for batch in batches]),
+        embeds=torch.cat([batch.embeds for batch in batches]),
+        serials=[batch.serials[0] for batch in batches],
+        names=[batch.names[0] for batch in batches],
+    )

@@ -2,24 +2,18 @@
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from asymflow_ft.components.color import PixelCodec
+from asymflow_ft.components.color import PixelCodec, rgb_tensor
 
 _OKLAB = PixelCodec(space="oklab", mean=(0.0, 0.0, 0.0), std=1.0)
 
 
-def to_rgb(image: Image.Image) -> torch.Tensor:
-    """PIL picture -> (3, H, W) in [-1, 1]."""
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 127.5 - 1
-
-
 def thumbnails(images: Sequence[Image.Image], size: int = 32) -> torch.Tensor:
     """Oklab, area-averaged to (N, 3, size, size): what a person sees at a glance."""
-    return torch.stack([F.adaptive_avg_pool2d(_OKLAB.encode(to_rgb(image)[None])[0], size) for image in images])
+    return torch.stack([F.adaptive_avg_pool2d(_OKLAB.encode(rgb_tensor(image)[None])[0], size) for image in images])
 
 
 def retrieval_rank(samples: Sequence[Image.Image], gallery: torch.Tensor, targets: Sequence[int]) -> torch.Tensor:
@@ -36,6 +30,13 @@ def retrieval_rank(samples: Sequence[Image.Image], gallery: torch.Tensor, target
     return (distance < right).sum(1)
 
 
+def picture_error(samples: Sequence[Image.Image], gallery: torch.Tensor, targets: Sequence[int]) -> float:
+    """Root mean square Oklab difference, times 100, between samples and the right pictures' thumbnails: colour and
+    layout. Arguments as in `retrieval_rank`."""
+    difference = thumbnails(samples, gallery.shape[-1]) - gallery[list(targets)]
+    return 100 * difference.square().mean().sqrt().item()
+
+
 def sharpness(images: Sequence[Image.Image]) -> float:
     """Mean squared difference between neighbouring pixels' lightness (Oklab L, 0 to 1), times 1000.
 
@@ -43,6 +44,6 @@ def sharpness(images: Sequence[Image.Image]) -> float:
     """
     total = 0.0
     for image in images:
-        light = _OKLAB.encode(to_rgb(image)[None])[0, 0]
+        light = _OKLAB.encode(rgb_tensor(image)[None])[0, 0]
         total += (light.diff(dim=0).square().mean() + light.diff(dim=1).square().mean()).item() / 2
     return 1000 * total / len(images)

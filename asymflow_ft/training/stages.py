@@ -1,7 +1,13 @@
-"""What runs once before the first step: captions to embeddings, images to latents; each model freed after its use."""
+"""What runs before the first step: look at the images, encode captions, encode images; each model freed after its use.
 
-import gc
-from collections.abc import Callable, Sequence
+Everything is kept in the cache folder under content keys, so the next start finds it, and `asymflow-ft cache` can do
+it beforehand.
+"""
+
+import hashlib
+import math
+import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -11,90 +17,215 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from asymflow_ft.data.prepare import PreparedData, TensorCache, content_key, prepare_images
-from asymflow_ft.data.source import Source
+from asymflow_ft.components.color import rgb_tensor
+from asymflow_ft.data.buckets import fit_image
+from asymflow_ft.data.cache import TensorCache, pack, rounded
+from asymflow_ft.data.decode import UnreadableImage, decode
+from asymflow_ft.data.files import text_of
+from asymflow_ft.data.prepare import Encoded, Entry, PreparedData, make_entries
+from asymflow_ft.data.scan import Picture, read_index, scan, stamp
+from asymflow_ft.data.source import Images
 from asymflow_ft.recipe import Recipe
+from asymflow_ft.training.encode import Encoder, FromCache, Live
+from asymflow_ft.training.run import on_main
+
+TEXT_SHARD = 64  # captions; about 500 MB for klein 4B in bf16
+LATENT_SHARD = 256  # images; about 270 MB at 1024x1024
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Training images, held-out images, the sampling prompts, and every prompt's embedding."""
+    """Training and held-out samples, the sampling prompts, and where all embeddings come from."""
 
     train: PreparedData
     held_out: PreparedData
     prompts: list[str]
-    embed: Callable[[str], Tensor]
-    unreadable: list[str]
+    encoded: Encoded
 
 
-def free_memory() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def read_prompts(file: str) -> list[str]:
+def read_prompts(file: str | Path) -> list[str]:
     """One prompt a line; empty lines and lines starting with # are left out.
 
     Raises:
-        ValueError: no such file, or no prompts in it.
+        ValueError: no such file, no UTF-8 text, or no prompts in it.
     """
     path = Path(file)
     if not path.is_file():
         raise ValueError(f"no prompt file at {path}; it is a text file with one prompt a line")
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = [line.strip() for line in text_of(path).splitlines()]
     prompts = [line for line in lines if line and not line.startswith("#")]
     if not prompts:
         raise ValueError(f"{path} holds no prompts")
     return prompts
 
 
-def prepare(recipe: Recipe, family: ModuleType, source: Source, patch: int, accelerator: Accelerator) -> Prepared:
-    """Cache all text embeddings, then all latents, under output_dir/cache; processes wait for the first to finish.
+def prepare(recipe: Recipe, family: ModuleType, images: Images, patch: int, accelerator: Accelerator) -> Prepared:
+    """Look at all images, then encode what the cache lacks: captions first, then images. Processes share the work.
 
     Raises:
-        ValueError: too few images, or none readable.
+        ValueError: a resolution that the patch does not divide, too few usable images or too many unusable ones, a
+            full disk, a damaged cache file.
     """
-    dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
-    cache = Path(recipe.output_dir) / "cache"
-    text, latents = TensorCache(cache / "text"), TensorCache(cache / "latents")
-    origin = f"{recipe.base}@{recipe.revision}"
+    folder, say = recipe.cache_folder, accelerator.print
+    resolutions = (recipe.data.resolution, *recipe.data.more_resolutions)
+    for side in resolutions:
+        if side <= 0 or side % patch:
+            raise ValueError(f"data.resolution {side} is not a multiple of the patch, {patch}")
+    pictures = _look(recipe, images, folder, accelerator)
+    unreadable = [picture.error for picture in pictures if picture.error]
+    train, held_out = make_entries(images, pictures, resolutions, patch, recipe.data.held_out)
     prompts = read_prompts(recipe.sample.prompts)
+    encoder = Encoder(recipe, family, accelerator.device)
+    encoded: Encoded = Live(encoder)
+    if recipe.cache.enabled:
+        encoded = FromCache(encoder, *_fill(recipe, encoder, images, [*train, *held_out], prompts, accelerator))
+        encoder.free()
+    data = [
+        PreparedData(images, train, encoded, recipe.seed, recipe.train.caption_dropout),
+        PreparedData(images, held_out, encoded, recipe.seed),
+    ]
+    buckets = len({entry.size for entry in train})
+    say(f"{len(train)} training samples of {len({e.digest for e in train})} images in {buckets} bucket(s), "
+        f"{len(held_out)} held out, {len(unreadable)} left out")  # fmt: skip
+    return Prepared(*data, prompts, encoded)
 
-    def key(caption: str) -> str:
-        return content_key(origin, recipe.text.max_length, dtype, caption)
 
-    with accelerator.main_process_first(), torch.no_grad():
-        missing = [c for c in dict.fromkeys(["", *prompts, *source.captions()]) if key(c) not in text]
-        if missing:
-            _encode_texts(
-                recipe, family, missing, dtype, accelerator, lambda c, value: text.__setitem__(key(c), value)
-            )
-        vae = family.load_parts(recipe.base, ("vae",), torch.float32, recipe.revision).vae.to(accelerator.device)
-        entries, unreadable = prepare_images(
-            source, recipe.data.resolution, patch, origin, latents, key,
-            lambda rgb: family.encode_latents(vae, rgb), show=accelerator.is_main_process,
-        )  # fmt: skip
-    split = len(entries) - recipe.data.held_out
-    if split < 1:
+def _look(recipe: Recipe, images: Images, folder: Path, accelerator: Accelerator) -> list[Picture]:
+    """What every row holds; the unusable ones are listed in unreadable.txt."""
+    own = range(accelerator.process_index, len(images), accelerator.num_processes)
+    try:
+        scan(images, own, folder, accelerator.process_index, accelerator.is_main_process)
+    except OSError as error:
+        raise ValueError(f"cannot write to the cache folder {folder}: {error}; choose another cache.folder") from error
+    accelerator.wait_for_everyone()
+    index = read_index(folder)
+    stamps = [stamp(images, row) for row in range(len(images))]
+    changed = [row for row, name in enumerate(stamps) if name not in index]
+    if changed:
+        raise ValueError(f"{images.name(changed[0])} changed while the run looked at it; start the command again")
+    pictures = [index[name] for name in stamps]
+    errors = [picture.error for picture in pictures if picture.error]
+    listing = folder / "unreadable.txt"
+    if accelerator.is_main_process:
+        listing.unlink(missing_ok=True)
+        if errors:
+            listing.write_text("\n".join(errors) + "\n", encoding="utf-8")
+    if len(errors) > recipe.data.max_unreadable * len(images):
         raise ValueError(
-            f"{len(entries)} usable images leave none to train on after data.held_out={recipe.data.held_out}; "
-            "use more images or hold out fewer"
+            f"{len(errors)} of {len(images)} images cannot be used, more than data.max_unreadable="
+            f"{recipe.data.max_unreadable:g} allows; they are listed in {listing}, first: {errors[0]}"
         )
-    train, held_out = (PreparedData(source, part, latents, text) for part in (entries[:split], entries[split:]))
-    return Prepared(train, held_out, prompts, lambda prompt: text[key(prompt)], unreadable)
+    if errors:
+        accelerator.print(f"left out {len(errors)} unreadable images, listed in {listing}; first: {errors[0]}")
+    return pictures
 
 
-def _encode_texts(
-    recipe: Recipe, family: ModuleType, captions: Sequence[str], dtype: torch.dtype, accelerator: Accelerator,
-    store: Callable[[str, Tensor], None],
-) -> None:  # fmt: skip
-    parts = family.load_parts(recipe.base, ("text_encoder", "tokenizer"), dtype, recipe.revision)
-    parts.to(accelerator.device)
-    batches = [captions[i : i + 16] for i in range(0, len(captions), 16)]
-    for batch in tqdm(batches, desc="captions", disable=not accelerator.is_main_process, mininterval=1):
-        embeds = parts.encode_prompt(list(batch), max_sequence_length=recipe.text.max_length)[0]
-        for caption, value in zip(batch, embeds, strict=True):
-            store(caption, value)
-    del parts
-    free_memory()
+def _fill(
+    recipe: Recipe, encoder: Encoder, images: Images, entries: Sequence[Entry], prompts: Sequence[str],
+    accelerator: Accelerator,
+) -> tuple[TensorCache, TensorCache]:  # fmt: skip
+    """Both caches with all that the run needs."""
+    folder = recipe.cache_folder
+    text = TensorCache(folder / "text", encoder.text_storage, TEXT_SHARD)
+    latents = TensorCache(folder / "latents", recipe.cache.latents, LATENT_SHARD)
+    captions = {encoder.keys.of_caption(c): c for c in ("", *prompts)}
+    captions |= {encoder.keys.of_caption(c): c for entry in entries for c in images.captions(entry.row)}
+    by_key = {encoder.keys.of_image(entry): entry for entry in entries}
+
+    def encode_captions(keys: Sequence[str]) -> list[Tensor]:
+        return encoder.encode_captions([captions[key] for key in keys])
+
+    def encode_images(keys: Sequence[str]) -> list[Tensor]:
+        return [encoder.encode_image(by_key[key], _pixels(images, by_key[key])) for key in keys]
+
+    def values(key: str) -> int:  # in proportion: all embeddings are of one size
+        return 1 if key in captions else math.prod(by_key[key].size)
+
+    missing, need = {}, 0.0
+    # the text encoder, which takes longer to load, last: it goes on to fill its cache
+    for store, keys, encode in ((latents, by_key, encode_images), (text, captions, encode_captions)):
+        missing[store] = on_main(accelerator, lambda: store.missing_shards(list(keys)))  # noqa: B023 called at once
+        if missing[store]:
+            encoder.free()
+            wanted = [key for shard in missing[store] for key in shard]
+            share = sum(map(values, wanted)) / values(wanted[0])
+            need += _estimate(store, len(wanted), share, encode(wanted[:1])[0], accelerator)
+    free = shutil.disk_usage(folder).free
+    if need > free:
+        raise ValueError(
+            f"{folder} has {free / 1e9:.2f} GB free and the cache needs about {need / 1e9:.2f} GB more; "
+            "put it elsewhere (cache.folder), halve it (cache.text=fp8), or train without it (cache.enabled=false)"
+        )
+    accelerator.wait_for_everyone()  # all have seen the same missing keys before any of them is written
+    for store, encode in ((text, encode_captions), (latents, encode_images)):
+        if missing[store]:
+            own = missing[store][accelerator.process_index :: accelerator.num_processes]
+            store.fill(own, encode, store.folder.name, accelerator.is_main_process)
+            encoder.free()
+        accelerator.wait_for_everyone()
+        store.refresh()
+    return text, latents
+
+
+def _estimate(cache: TensorCache, count: int, share: float, example: Tensor, accelerator: Accelerator) -> float:
+    """Say what a cache will take, and in fp8 what it costs in precision.
+
+    Args:
+        count: tensors to write. share: their size as a multiple of the example's.
+
+    Returns:
+        Bytes.
+    """
+    need = share * sum(t.nbytes for t in pack(example, cache.storage).values())
+    loss = ""
+    if cache.storage == "fp8":
+        wide = example.float().cpu()
+        loss = f", rounded by {(rounded(wide, 'fp8') - wide).norm() / wide.norm():.1%} (root mean square)"
+    accelerator.print(f"caching {count} {cache.folder.name}: {need / 1e9:.2f} GB in {cache.folder}{loss}")
+    return need
+
+
+def _pixels(images: Images, entry: Entry) -> Tensor:
+    content = images.content(entry.row)
+    if hashlib.sha256(content).hexdigest() != entry.digest:
+        raise ValueError(f"{images.name(entry.row)} changed while the run looked at it; start the command again")
+    return rgb_tensor(fit_image(decode(content, images.name(entry.row)), entry.size))
+
+
+def verify(prepared: Prepared, encoder: Encoder, samples: int = 16) -> list[str]:
+    """What is wrong with a filled cache: damaged shards, images that changed, and stored values that the models do not
+    give again (of `samples` entries and captions, spread over the data). Empty if nothing is."""
+    stored = prepared.encoded
+    if not isinstance(stored, FromCache):
+        raise ValueError("cache.enabled is false, so there is no cache to verify")
+    faults = stored.text.damaged() + stored.images.damaged()
+    images = prepared.train.images
+    sound = []
+    for entry in tqdm([*prepared.train.entries, *prepared.held_out.entries], desc="verify images", mininterval=1):
+        try:
+            changed = hashlib.sha256(images.content(entry.row)).hexdigest() != entry.digest
+        except UnreadableImage as error:
+            faults.append(str(error))
+            continue
+        if changed:
+            faults.append(f"{images.name(entry.row)}: the image changed since it was cached")
+        else:
+            sound.append(entry)
+    chosen = sound[:: max(len(sound) // samples, 1)]
+    pairs = [
+        (f"latents of {images.name(entry.row)}", stored.latents(entry, torch.empty(0)),
+         rounded(encoder.encode_image(entry, _pixels(images, entry)), stored.images.storage)) for entry in chosen
+    ]  # fmt: skip
+    captions = dict.fromkeys(["", *prepared.prompts[:samples], *(images.captions(entry.row)[0] for entry in chosen)])
+    pairs += [
+        (f"embedding of {caption!r}", stored.embeds(caption),
+         rounded(encoder.encode_captions([caption])[0], encoder.text_storage)) for caption in captions
+    ]  # fmt: skip
+    for what, kept, new in pairs:
+        if kept.shape != new.shape:
+            faults.append(f"{what}: has the shape {tuple(kept.shape)}, not {tuple(new.shape)}")
+            continue
+        error = (kept.float().cpu() - new.float()).norm() / new.float().norm().clamp(min=1e-12)
+        if not error < 0.05:  # another batch size rounds bf16 otherwise; another model is off by far more
+            faults.append(f"{what}: differs from what the models give now by {error:.1%}")
+    return faults

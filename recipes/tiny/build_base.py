@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import Qwen2TokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from asymflow_ft.evaluation.retrieval import to_rgb
+from asymflow_ft.components.color import rgb_tensor
 
 DATA = Path(__file__).parent / "data"
 TEXT_LENGTH = 32
@@ -42,7 +42,9 @@ QWEN_SPLIT = (
 def load_data() -> tuple[torch.Tensor, list[str]]:
     """All pictures as (N, 3, 128, 128) in [-1, 1], and their captions."""
     rows = [json.loads(line) for line in open(DATA / "metadata.jsonl", encoding="utf-8")]
-    return torch.stack([to_rgb(Image.open(DATA / row["file_name"])) for row in rows]), [row["text"] for row in rows]
+    return torch.stack([rgb_tensor(Image.open(DATA / row["file_name"])) for row in rows]), [
+        row["text"] for row in rows
+    ]
 
 
 def train(

@@ -12,8 +12,9 @@ from diffusers import Flux2KleinPipeline
 from PIL import Image
 from tqdm import tqdm
 
+from asymflow_ft.components.color import rgb_tensor
 from asymflow_ft.evaluation.pictures import sheet
-from asymflow_ft.evaluation.retrieval import retrieval_rank, sharpness, thumbnails, to_rgb
+from asymflow_ft.evaluation.retrieval import retrieval_rank, sharpness, thumbnails
 
 DATA = Path(__file__).parent / "data"
 
@@ -36,7 +37,7 @@ def main() -> None:
     vae, errors = pipeline.vae, []
     with torch.no_grad():
         for start in range(0, len(gallery), 16):
-            x = torch.stack([to_rgb(image) for image in gallery[start : start + 16]])
+            x = torch.stack([rgb_tensor(image) for image in gallery[start : start + 16]])
             decoded = vae.decode(vae.encode(x).latent_dist.mode()).sample.clamp(-1, 1)
             errors.append((decoded - x).square().mean((1, 2, 3)))
     psnr = (10 * torch.log10(4 / torch.cat(errors))).mean().item()
