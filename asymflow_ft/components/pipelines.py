@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import UniPCMultistepScheduler
 from diffusers.image_processor import VaeImageProcessor
@@ -11,7 +10,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
-from asymflow_ft.components.color import PixelCodec
+from asymflow_ft.components.color import PixelCodec, rgb_tensor
 from asymflow_ft.components.subspace import Cond, PixelModel
 from asymflow_ft.method.guidance import clamp_velocity, guide
 from asymflow_ft.method.noise import dynamic_shift, inference_sigmas
@@ -19,6 +18,7 @@ from asymflow_ft.method.patches import to_image, to_tokens
 from asymflow_ft.method.sampling import denoise, prepare_solver
 
 NEGATIVE_PROMPT = "Low quality, worst quality, blurry, deformed, bad anatomy, unclear text"
+CFG_SCALE = 4.0
 
 
 def flow_solver() -> UniPCMultistepScheduler:
@@ -36,15 +36,17 @@ class PixelPipelineMixin:
     - base_pixels, max_pixels, max_shift: the second anchor of a dynamic shift
     - default_size: side of an image when height and width are not given
     - max_sequence_length: text tokens
+    - distilled_guidance: the guidance value that a network with embedded guidance sees, else None
     """
 
     model_cpu_offload_seq = "text_encoder->transformer"
+    _exclude_from_cpu_offload = ["subspace"]  # its tensors are read without a forward, which no hook would notice
     _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
     predict: Callable[..., Tensor]
 
     @property
     def pixel_model(self: Any) -> PixelModel:
-        return PixelModel(self.transformer, self.subspace, type(self).predict)
+        return PixelModel(self.transformer, self.subspace, type(self).predict, self.distilled_guidance)
 
     def shift_at(self: Any, height: int, width: int) -> float:
         """The timestep shift that the pipeline's config gives for an image size."""
@@ -61,7 +63,7 @@ class PixelPipelineMixin:
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = 38,
-        guidance_scale: float = 4.0,
+        guidance_scale: float | None = None,
         orthogonal_guidance: float = 1.0,
         clamp: bool = True,
         shift: float | None = None,
@@ -85,8 +87,8 @@ class PixelPipelineMixin:
                 (B, L, E) and `negative_prompt_embeds`.
             height, width: pixels, multiples of the patch (16).
             num_inference_steps: solver steps; 38 is the released default, 32 the paper's.
-            guidance_scale: above 1 adds an unconditional pass per step. orthogonal_guidance: 0 = plain guidance,
-                1 = remove its part along the clean estimate.
+            guidance_scale: above 1 adds an unconditional pass per step; None is 4, or 1 for a network with distilled
+                guidance. orthogonal_guidance: 0 = plain guidance, 1 = remove its part along the clean estimate.
             clamp: keep every step's clean estimate inside the display gamut.
             shift: timestep shift; None takes the pipeline's own for this size.
             image: condition images (an experimental path: conversion does not train it).
@@ -120,6 +122,8 @@ class PixelPipelineMixin:
         if len(negatives) != count:
             raise ValueError(f"{count} prompts need one negative prompt or {count}, got {len(negatives)}")
         length = max_sequence_length or self.config.max_sequence_length
+        if guidance_scale is None:
+            guidance_scale = CFG_SCALE if self.distilled_guidance is None else 1.0
         guided = guidance_scale > 1
 
         def encode(texts: list[str] | None, embeds: Tensor | None) -> Tensor:
@@ -151,7 +155,7 @@ class PixelPipelineMixin:
 
             def conditioned_on(name: str, embeds: Tensor) -> Tensor:
                 with self.transformer.cache_context(name):
-                    cond = Cond(embeds, self.distilled_guidance, references)
+                    cond = Cond(embeds, model.guidance, references)
                     return model.velocity(x_t, level, cond, grid)
 
             v = conditioned_on("cond", prompt_embeds)
@@ -205,5 +209,4 @@ def encode_condition(image: Image.Image, codec: PixelCodec, patch: int) -> Tenso
         raise ValueError(f"a condition image needs sides of at least 64 pixels, got {image.width}x{image.height}")
     width, height = (side // patch * patch for side in image.size)
     left, top = (image.width - width) // 2, (image.height - height) // 2
-    pixels = torch.from_numpy(np.array(image.convert("RGB").crop((left, top, left + width, top + height))))
-    return codec.encode(pixels.permute(2, 0, 1)[None] / 127.5 - 1)
+    return codec.encode(rgb_tensor(image.crop((left, top, left + width, top + height)))[None])

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -62,10 +63,11 @@ class PixelSubspace(ModelMixin, ConfigMixin):
             ValueError: the file does not hold such a pair.
         """
         path = Path(file)
-        if path.suffix == ".safetensors":
-            tensors = load_file(path)
-        else:
-            tensors = torch.load(path, weights_only=True, map_location="cpu")
+        try:
+            official = path.suffix == ".safetensors"
+            tensors = load_file(path) if official else torch.load(path, weights_only=True, map_location="cpu")
+        except Exception as error:  # a file of another kind makes torch raise anything
+            raise ValueError(f"{path} cannot be read as a subspace: {error}") from error
         keys = [match for key in tensors if (match := re.fullmatch(r"proj_mat_p(\d+)", key))]
         if len(keys) != 1 or f"scale_p{keys[0][1]}" not in tensors:
             raise ValueError(f"{path} holds {sorted(tensors)}, not one pair proj_mat_p<patch> and scale_p<patch>")
@@ -96,7 +98,10 @@ def load_subspace(path: str | Path) -> PixelSubspace:
         return PixelSubspace.from_official(path)
     for folder in (path, path / "subspace"):
         if (folder / "config.json").is_file():
-            return PixelSubspace.from_pretrained(folder)
+            try:
+                return PixelSubspace.from_pretrained(folder)
+            except (OSError, SafetensorError) as error:
+                raise ValueError(f"the subspace in {folder} cannot be read ({error}); align again") from error
     raise ValueError(
         f"no aligned subspace at {path}; make one with `asymflow-ft align --base BASE --data IMAGES --out {path}`"
     )
@@ -124,12 +129,14 @@ Predict = Callable[..., Tensor]
 class PixelModel:
     """A lifted network together with its subspace: noisy pixel tokens in, velocity or clean image out.
 
-    transformer: the (possibly prepared) diffusers model. predict: the family's call of it.
+    transformer: the (possibly prepared) diffusers model. predict: the family's call of it. guidance: for `Cond`, the
+    distilled value that this network is given in training and sampling, or None.
     """
 
     transformer: nn.Module
     subspace: PixelSubspace
     predict: Predict
+    guidance: float | None = None
 
     def network(self, x_t: Tensor, sigma: Tensor, cond: Cond, grid: Grid) -> Tensor:
         """Raw network output u (B, N, D) for x_t (B, N, D) at sigma (B, 1, 1); grid is (rows, columns) of tokens."""

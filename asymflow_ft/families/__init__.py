@@ -6,7 +6,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from asymflow_ft.families import flux2
-from asymflow_ft.families.base import load_index
+from asymflow_ft.families.base import load_index, opening
 
 _MODULES = (flux2,)
 
@@ -17,7 +17,7 @@ def family_of(base: str, revision: str | None = None) -> ModuleType:
     Raises:
         ValueError: the base cannot be read, or no family converts its class.
     """
-    name = load_index(base, revision)["_class_name"]
+    name = load_index(base, revision).get("_class_name")
     for module in _MODULES:
         if name in module.PIPELINES:
             return module
@@ -31,11 +31,12 @@ def load_pixel_pipeline(path: str, dtype: torch.dtype) -> DiffusionPipeline:
     Raises:
         ValueError: it cannot be read, or is no converted pipeline.
     """
-    name = load_index(path)["_class_name"]
+    name = load_index(path).get("_class_name")
     for module in _MODULES:
         for kind in module.PIXEL_PIPELINES:
             if kind.__name__ == name:
-                return kind.from_pretrained(path, dtype=dtype)
+                with opening(path):
+                    return kind.from_pretrained(path, dtype=dtype)
     raise ValueError(
         f"{path} is a {name}, not a pixel pipeline; convert it first with `asymflow-ft align` and `finetune`"
     )

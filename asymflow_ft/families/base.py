@@ -1,12 +1,34 @@
 """What every base family shares: reading a saved pipeline's index, and building the lifted network."""
 
+import hashlib
+import importlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from accelerate import init_empty_weights
-from diffusers import DiffusionPipeline, ModelMixin
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from diffusers import ModelMixin
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError, HTTPError  # of the HTTP library that this version uses
+from safetensors import SafetensorError
 from torch import Tensor
+
+
+@contextmanager
+def opening(base: str) -> Iterator[None]:
+    """Around reading a pipeline's files: what goes wrong there is a ValueError that says what to change."""
+    try:
+        yield
+    except (OSError, HTTPError, HFValidationError, SafetensorError, json.JSONDecodeError) as error:
+        reason = " ".join(str(error).split())
+        if Path(base).exists():
+            raise ValueError(f"cannot open {base}: {reason}") from error
+        raise ValueError(
+            f"cannot open {base!r}: it is no local folder, and the Hugging Face Hub answered: {reason} "
+            "Check the spelling; gated models need `hf auth login` and an accepted licence."
+        ) from error
 
 
 def load_index(base: str, revision: str | None = None) -> dict[str, Any]:
@@ -17,14 +39,42 @@ def load_index(base: str, revision: str | None = None) -> dict[str, Any]:
     """
     if Path(base).exists() and not (Path(base) / "model_index.json").is_file():
         raise ValueError(f"{base} is not a diffusers pipeline folder: it has no model_index.json")
-    try:
-        return dict(DiffusionPipeline.load_config(base, revision=revision))
-    except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"cannot open the base {base!r}: it is no local folder, and the Hugging Face Hub answered: {reason} "
-            "Check the spelling; gated models need `hf auth login` and an accepted licence."
-        ) from error
+    return load_json(base, "model_index.json", revision)
+
+
+def load_json(base: str, name: str, revision: str | None = None) -> dict[str, Any]:
+    """A configuration file of a folder or Hub repository.
+
+    Raises:
+        ValueError: it cannot be fetched or read.
+    """
+    with opening(base):  # without diffusers' load_config, whose errors call a gated or silent repository unknown
+        file = Path(base) / name if Path(base).exists() else Path(hf_hub_download(base, name, revision=revision))
+        return json.loads(file.read_text(encoding="utf-8"))
+
+
+def component_id(base: str, revision: str | None, component: str) -> str:
+    """Identifies the weights of one part of a base: the commit on the Hub, or size and time of every local file.
+
+    Raises:
+        ValueError: the base cannot be read.
+    """
+    folder = Path(base) / component
+    if folder.is_dir():
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+        return f"{folder.resolve()} {hashlib.sha256(repr(stats).encode()).hexdigest()}"
+    load_index(base, revision)  # now in the local cache, in a folder named after the commit
+    index = try_to_load_from_cache(base, "model_index.json", revision=revision)
+    return f"{base}@{Path(str(index)).parent.name}/{component}"
+
+
+def vae_on_meta(base: str, revision: str | None = None) -> ModelMixin:
+    """The base's VAE without weights, from its config alone."""
+    library, name = load_index(base, revision)["vae"]
+    kind = getattr(importlib.import_module(library), name)
+    with init_empty_weights():
+        return kind.from_config(kind.load_config(base, subfolder="vae", revision=revision))
 
 
 def build_lifted(transformer: ModelMixin, changes: dict[str, Any], state: dict[str, Tensor]) -> ModelMixin:

@@ -17,22 +17,30 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.pipelines.flux2.pipeline_output import Flux2PipelineOutput
+from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.utils import is_torchvision_available
 
 from asymflow_ft.components.color import PixelCodec
-from asymflow_ft.components.pipelines import PixelPipelineMixin
+from asymflow_ft.components.pipelines import CFG_SCALE, PixelPipelineMixin
 from asymflow_ft.components.subspace import Cond, Grid, PixelSubspace
-from asymflow_ft.families.base import build_lifted, load_index
+from asymflow_ft.families.base import build_lifted, load_index, load_json, opening
 from asymflow_ft.method.asymflow import lift_weights
 from asymflow_ft.method.patches import to_image, to_tokens
 
 PIPELINES = {"Flux2KleinPipeline": Flux2KleinPipeline, "Flux2Pipeline": Flux2Pipeline}
 LATENT_SHIFT = 7.0  # FLUX.2's native shift at 1024x1024 (paper, latent baseline); its scheduler computes one per size
+DISTILLED_GUIDANCE = 3.5  # what diffusers' training script gives FLUX.2-dev
 OUTPUT_LAYER = "proj_out"
 TRAINED_ENDS = ("x_embedder", OUTPUT_LAYER, "norm_out.linear")
+# part of a licence's name -> what it means for a training set of the base's pictures
+OUTPUT_TERMS = {
+    "non-commercial": "The FLUX non-commercial licence forbids training commercial models, or models that compete "
+    "with FLUX, on these pictures."
+}
 
 
 def load_parts(
@@ -42,7 +50,8 @@ def load_parts(
     "transformer", "scheduler"); the others are None and are not downloaded.
 
     Raises:
-        ValueError: not a FLUX.2 pipeline, or a step-distilled one.
+        ValueError: not a FLUX.2 pipeline, a step-distilled one, files that cannot be fetched or read, or dev's
+            tokenizer without torchvision.
     """
     if match := re.search(r"FLUX\.2-klein-(4B|9B)(?!.*base)", str(base)):
         raise ValueError(
@@ -57,8 +66,24 @@ def load_parts(
             f"{base} is step-distilled (is_distilled is true in its model_index.json) and cannot be finetuned with "
             "flow matching; use the undistilled base, such as black-forest-labs/FLUX.2-klein-base-4B"
         )
+    if "tokenizer" in parts and index["tokenizer"][1] == "PixtralProcessor" and not is_torchvision_available():
+        raise ValueError(
+            f"the tokenizer of {base} is a PixtralProcessor, which needs torchvision; "
+            "`pip install torchvision`, in the version that fits your torch"
+        )
     absent = {name: None for name in ("vae", "text_encoder", "tokenizer", "transformer") if name not in parts}
-    return PIPELINES[index["_class_name"]].from_pretrained(base, revision=revision, dtype=dtype, **absent)
+    with opening(base):
+        return PIPELINES[index["_class_name"]].from_pretrained(base, revision=revision, dtype=dtype, **absent)
+
+
+def shorten_text_encoder(pipeline: DiffusionPipeline) -> None:
+    """Drop what prompts do not use: layers behind the last hidden state that is read, final norm and vocabulary head.
+    The embeddings stay the same bit for bit."""
+    encoder = pipeline.text_encoder
+    klein = isinstance(pipeline, Flux2KleinPipeline)
+    decoder, depth = (encoder.model, 27) if klein else (encoder.model.language_model, 30)
+    decoder.layers = decoder.layers[:depth]
+    decoder.norm = encoder.lm_head = nn.Identity()  # the norm would act on the last hidden state, now one that is read
 
 
 def latent_shift(pipeline: DiffusionPipeline) -> float:
@@ -83,8 +108,10 @@ def _whitening(vae: AutoencoderKLFlux2, like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def encode_latents(vae: AutoencoderKLFlux2, rgb: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """RGB in [-1, 1], (B, 3, H, W) -> float32 latent tokens (B, N, 128), a sample of the posterior, whitened."""
-    z = vae.encode(rgb.to(vae.device, vae.dtype)).latent_dist.sample(generator).float()
+    """RGB in [-1, 1], (B, 3, H, W) -> whitened float32 latent tokens (B, N, 128): the posterior's mode, or with a
+    generator a sample of it."""
+    posterior = vae.encode(rgb.to(vae.device, vae.dtype)).latent_dist
+    z = (posterior.mode() if generator is None else posterior.sample(generator)).float()
     packed = F.pixel_unshuffle(z, vae.config.patch_size[0])
     mean, std = _whitening(vae, packed)
     return to_tokens((packed - mean) / std, 1)
@@ -113,9 +140,14 @@ def lift(transformer: Flux2Transformer2DModel, subspace: PixelSubspace) -> Flux2
 
 def transformer_on_meta(base: str, revision: str | None = None) -> Flux2Transformer2DModel:
     """The base's transformer without weights, from its config alone."""
-    config = Flux2Transformer2DModel.load_config(base, subfolder="transformer", revision=revision)
+    config = load_json(base, "transformer/config.json", revision)
     with init_empty_weights():
         return Flux2Transformer2DModel.from_config(config)
+
+
+def text_dim(transformer: Flux2Transformer2DModel) -> int:
+    """Width E of the text embeddings that the transformer reads."""
+    return transformer.config.joint_attention_dim
 
 
 def _ids(grid: Grid, time: int, device: torch.device) -> Tensor:
@@ -158,21 +190,48 @@ def predict(
 
 
 def draw_base(
-    parts: DiffusionPipeline, noise: Tensor, embeds: Tensor, empty: Tensor, size: Grid, steps: int, guidance: float
-) -> list[Image.Image]:
+    parts: DiffusionPipeline, noise: Tensor, embeds: Tensor, empty: Tensor, size: Grid, steps: int,
+    guidance: float | None,
+) -> list[Image.Image]:  # fmt: skip
     """Pictures of the latent base by its own stock pipeline and scheduler.
 
     Args:
         noise: packed latents (B, 128, h, w), N(0, 1). embeds: (B, L, E). empty: embedding of "", (L, E).
-        size: (height, width) in pixels.
+        size: (height, width) in pixels. guidance: classifier-free guidance scale, None for the pixel pipeline's
+            default; dev's stock pipeline has none, and its guidance_scale is the embedded value.
     """
-    unconditional = {}
-    if isinstance(parts, Flux2KleinPipeline):  # dev has its guidance embedded
-        unconditional["negative_prompt_embeds"] = empty.expand(len(embeds), -1, -1)
-    return parts(
+    return _run_base(parts, noise, embeds, empty, size, steps, guidance, "pil")[0]
+
+
+def draw_base_latents(
+    parts: DiffusionPipeline, noise: Tensor, embeds: Tensor, empty: Tensor, size: Grid, steps: int,
+    guidance: float | None,
+) -> Tensor:  # fmt: skip
+    """The latent tokens (B, N, 128), float32, that `draw_base` with the same arguments would decode."""
+    return _run_base(parts, noise, embeds, empty, size, steps, guidance, "latent")[1].float()
+
+
+def _run_base(
+    parts: DiffusionPipeline, noise: Tensor, embeds: Tensor, empty: Tensor, size: Grid, steps: int,
+    guidance: float | None, output_type: str,
+) -> tuple[Any, Tensor]:  # fmt: skip
+    if isinstance(parts, Flux2KleinPipeline):
+        scale = CFG_SCALE if guidance is None else guidance
+        unconditional = {"negative_prompt_embeds": empty.expand(len(embeds), -1, -1)}
+    else:
+        scale, unconditional = DISTILLED_GUIDANCE, {}
+    last = {}
+
+    def keep(pipeline: DiffusionPipeline, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict:
+        # taken here because the pipeline's "latent" output is no longer whitened, and rounded once more in bf16
+        last.update(tensors)
+        return {}
+
+    images = parts(
         prompt_embeds=embeds, latents=noise, height=size[0], width=size[1], num_inference_steps=steps,
-        guidance_scale=guidance, **unconditional,
+        guidance_scale=scale, output_type=output_type, callback_on_step_end=keep, **unconditional,
     ).images  # fmt: skip
+    return images, last["latents"]
 
 
 def lora_targets(transformer: Flux2Transformer2DModel) -> list[str]:
@@ -211,6 +270,8 @@ class _PixelFlux2(PixelPipelineMixin):
             scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer, transformer=transformer,
             subspace=subspace, codec=codec,
         )  # fmt: skip
+        if distilled_guidance is None and transformer is not None and transformer.config.guidance_embeds:
+            distilled_guidance = DISTILLED_GUIDANCE  # without a value the network would silently skip its embedding
         self.register_to_config(
             shift=shift, shift_mode=shift_mode, base_pixels=base_pixels, max_pixels=max_pixels, max_shift=max_shift,
             default_size=default_size, max_sequence_length=max_sequence_length, distilled_guidance=distilled_guidance,
@@ -226,7 +287,13 @@ class PixelFlux2KleinPipeline(_PixelFlux2, Flux2KleinPipeline):
 
 
 class PixelFlux2Pipeline(_PixelFlux2, Flux2Pipeline):
-    """FLUX.2-dev in pixel space; prompts and LoRA files as in Flux2Pipeline."""
+    """FLUX.2-dev in pixel space; prompts and LoRA files as in Flux2Pipeline.
+
+    The network always sees the guidance value `distilled_guidance` that it was trained with; `guidance_scale` above 1
+    adds classifier-free guidance.
+    """
+
+    system_message = SYSTEM_MESSAGE  # set in the stock __init__, which makes a VAE's image processor and is not run
 
 
 PIXEL_PIPELINES = (PixelFlux2KleinPipeline, PixelFlux2Pipeline)
