@@ -12,20 +12,30 @@ class PowerEma:
 
     Args:
         parameters: (name, parameter) pairs; the order is kept. gamma: 7 gives a mean age of 11 % of training.
-        start: updates during which the average simply follows the weights.
+        start: updates during which the average simply follows the weights. device: where the average is kept; None
+            is beside each parameter.
     """
 
-    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], gamma: float = 7.0, start: int = 100):
+    def __init__(
+        self,
+        parameters: Iterable[tuple[str, nn.Parameter]],
+        gamma: float = 7.0,
+        start: int = 100,
+        device: torch.device | str | None = None,
+    ):
         self.parameters = dict(parameters)
         self.gamma, self.start = gamma, start
-        self.average = {name: p.detach().float().clone() for name, p in self.parameters.items()}
+        self.average = {
+            name: p.detach().to(device or p.device, torch.float32, copy=True) for name, p in self.parameters.items()
+        }
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Take in the weights after optimizer step `step` (counted from 1)."""
         decay = 0.0 if step <= self.start else (1 - 1 / step) ** (self.gamma + 1)
         for name, parameter in self.parameters.items():
-            self.average[name].lerp_(parameter.float(), 1 - decay)
+            average = self.average[name]
+            average.lerp_(parameter.detach().to(average.device, torch.float32), 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:

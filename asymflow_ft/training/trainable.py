@@ -1,7 +1,7 @@
 """What is trained: LoRA factors plus whole end layers, or every weight; and the frozen reference beside it."""
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -48,11 +48,10 @@ def attach_lora(
 def untrained(transformer: nn.Module) -> Iterator[None]:
     """Inside, the network is the lifted base again: adapters off and original end layers in place.
 
-    diffusers' `disable_adapters` leaves the trained end layers on, so both kinds of wrapper are switched here.
+    diffusers' `disable_adapters` leaves the trained end layers on, so both kinds of wrapper are switched here. The
+    mode stays: LoRA dropout is off with its adapter, and quantised layers compute differently in eval mode.
     """
     wrappers = [m for m in transformer.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
-    training = transformer.training
-    transformer.eval()  # LoRA dropout
     for wrapper in wrappers:
         wrapper.enable_adapters(False)
     try:
@@ -60,7 +59,6 @@ def untrained(transformer: nn.Module) -> Iterator[None]:
     finally:
         for wrapper in wrappers:
             wrapper.enable_adapters(True)
-        transformer.train(training)
 
 
 def lora_reference(
@@ -112,15 +110,15 @@ def diffusers_name(name: str) -> str:
     return name.replace(f".modules_to_save.{ADAPTER}", "")
 
 
-def merge(transformer: nn.Module, lifted: ModelMixin) -> ModelMixin:
+def merge(parameters: Mapping[str, Tensor], lifted: ModelMixin) -> ModelMixin:
     """A plain diffusers model with the training folded in: trained tensors replaced, LoRA products added.
 
     Args:
-        transformer: the trained network. lifted: a fresh lifted network, which takes the result in its own dtype; what
-            it shares with the base is replaced, not changed in place.
+        parameters: whole tensors by the names of `trained_parameters`. lifted: a fresh lifted network, not quantised,
+            which takes the result in its own dtype; what it shares with the base is replaced, not changed in place.
     """
     state = lifted.state_dict()
-    trained = {diffusers_name(name): p.detach() for name, p in trained_parameters(transformer).items()}
+    trained = {diffusers_name(name): p.detach().to(lifted.device) for name, p in parameters.items()}
     for name, value in trained.items():
         if ".lora_A." in name:
             up = trained[name.replace(".lora_A.", ".lora_B.")]
