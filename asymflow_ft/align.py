@@ -9,20 +9,21 @@ from types import ModuleType
 
 import matplotlib
 import torch
-from accelerate import PartialState
-from accelerate.utils import reduce
+from accelerate.utils import gather_object, reduce
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from asymflow_ft.components.color import PixelCodec
+from asymflow_ft.components.color import PixelCodec, rgb_tensor
 from asymflow_ft.components.subspace import PixelSubspace, orthonormality_error
-from asymflow_ft.data.prepare import bucket_size, fit_image, to_tensor
-from asymflow_ft.data.source import Source, UnreadableImage
+from asymflow_ft.data.buckets import bucket_size, fit_image
+from asymflow_ft.data.decode import UnreadableImage
+from asymflow_ft.data.source import Images
 from asymflow_ft.method.align import Fit, Grams, explained_energy, patch_dct, procrustes
 from asymflow_ft.method.asymflow import lift
 from asymflow_ft.method.patches import to_image, to_tokens
 from asymflow_ft.training.checkpoint import write_json
+from asymflow_ft.training.run import process_state
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -35,6 +36,7 @@ class Report:
     """What report.json holds. Explained shares are 1 - |x - s A z|^2 / |x|^2, about the codec's mean colour."""
 
     base: str
+    pixels: dict[str, object]  # space, mean and std of the codec
     images: int
     unreadable: list[str]
     tokens: int
@@ -44,6 +46,9 @@ class Report:
     orthonormality_error: float
     latent_shift: float
     pixel_shift: float
+    own_mean: list[float]  # of these images in the codec's space, for the recipe key pixels.mean; own_std likewise
+    own_std: float
+    explained_with_own: float  # explained_total if the codec had them
     explained_total: float
     explained_by_channel: dict[str, float]
     explained_by_frequency: dict[str, float]
@@ -55,7 +60,7 @@ class Report:
 def align(
     base: str,
     family: ModuleType,
-    source: Source,
+    source: Images,
     codec: PixelCodec,
     out: Path,
     num_images: int = 1000,
@@ -70,7 +75,7 @@ def align(
     Raises:
         ValueError: the base cannot be read, no image can, or the latents do not determine the basis.
     """
-    state = PartialState()
+    state = process_state()
     with state.main_process_first():
         parts = family.load_parts(base, ("vae", "scheduler"), torch.float32, revision)
     vae = parts.vae.to(state.device)
@@ -81,28 +86,31 @@ def align(
         chosen[state.process_index :: state.num_processes], desc="align", disable=not state.is_main_process
     ):
         try:
-            image, _ = source.image(row)
+            image = source.image(row)
         except UnreadableImage as error:
             unreadable.append(str(error))
             continue
-        rgb = to_tensor(fit_image(image, bucket_size(*image.size, resolution, patch)))[None]
-        generator = torch.Generator(state.device).manual_seed(seed + row)
-        z = family.encode_latents(vae, rgb, generator).cpu()
+        rgb = rgb_tensor(fit_image(image, bucket_size(*image.size, resolution, patch)))[None]
+        z = family.encode_latents(vae, rgb).cpu()
         grams.update(z, to_tokens(codec.encode(rgb), patch))
         if len(examples) < EXAMPLES:
             examples.append((rgb, z))
-    sums = [tensor.copy_(reduce(tensor.to(state.device)).cpu()) for tensor in grams.tensors()]
-    if not sums[-1]:
+    if state.num_processes > 1:  # not every device knows float64
+        for tensor in grams.tensors():
+            tensor.copy_(reduce(tensor.to(state.device), "sum").cpu())
+    unreadable = gather_object(unreadable)
+    if not grams.tokens:
         raise ValueError(f"none of the {len(chosen)} images could be read, first: {unreadable[0]}")
 
     fit = procrustes(grams)
     subspace = PixelSubspace.from_fit(fit.basis, fit.scale)
     shift = family.latent_shift(parts)
     report = Report(
-        base=base, images=len(chosen) - len(unreadable), unreadable=unreadable, tokens=int(grams.tokens), patch=patch,
-        rank=rank, scale=fit.scale.item(), orthonormality_error=orthonormality_error(subspace.basis),
-        latent_shift=shift, pixel_shift=shift * fit.scale.item(), **_energy(grams, fit, patch, codec),
-        singular_values=fit.singular_values.tolist(),
+        base=base, pixels=pixels_of(codec), images=len(chosen) - len(unreadable), unreadable=unreadable,
+        tokens=int(grams.tokens), patch=patch, rank=rank, scale=fit.scale.item(),
+        orthonormality_error=orthonormality_error(subspace.basis), latent_shift=shift,
+        pixel_shift=shift * fit.scale.item(), singular_values=fit.singular_values.tolist(),
+        **_own_map(grams, codec), **_energy(grams, fit, patch, codec),
     )  # fmt: skip
     if state.is_main_process:
         out.mkdir(parents=True, exist_ok=True)
@@ -113,10 +121,37 @@ def align(
     return report
 
 
-def load_report(folder: str | Path) -> dict[str, float]:
-    """report.json beside a subspace, or {} where there is none (an official file has no report)."""
+def pixels_of(codec: PixelCodec) -> dict[str, object]:
+    return {"space": codec.space, "mean": list(codec.mean), "std": codec.std}
+
+
+def check_aligned_for(folder: str | Path, codec: PixelCodec) -> None:
+    """Compare a recipe's pixel space with the one that a subspace was fitted in, where its report.json tells.
+
+    Raises:
+        ValueError: they differ.
+    """
     file = Path(folder) / "report.json"
-    return json.loads(file.read_text()) if file.is_file() else {}
+    fitted = json.loads(file.read_text())["pixels"] if file.is_file() else pixels_of(codec)
+    if fitted != pixels_of(codec):
+        raise ValueError(
+            f"the subspace {folder} was aligned with pixels {fitted}, and the recipe has {pixels_of(codec)}; "
+            "align again into another align.path, or use the recipe keys that it was aligned with"
+        )
+
+
+def _own_map(grams: Grams, codec: PixelCodec) -> dict[str, object]:
+    """The affine pixel map that these images themselves suggest, and what the lift explains with it."""
+    mean = (grams.pixel_sum / grams.tokens).unflatten(0, (3, -1)).mean(1)
+    centred = grams.rescaled(mean.repeat_interleave(len(grams.pixel) // 3), 1.0)
+    std = (centred.pixel.trace() / len(grams.pixel) / grams.tokens).sqrt().item()
+    own = centred.rescaled(torch.zeros(len(grams.pixel)), std)
+    total, left = explained_energy(own, procrustes(own))
+    return {
+        "own_mean": [round(m * codec.std + c, 4) for m, c in zip(mean.tolist(), codec.mean, strict=True)],
+        "own_std": round(std * codec.std, 4),
+        "explained_with_own": 1 - (left.sum() / total.sum()).item(),
+    }
 
 
 def _energy(grams: Grams, fit: Fit, patch: int, codec: PixelCodec) -> dict[str, object]:
@@ -201,6 +236,12 @@ def _draw(file: Path, report: Report, rows: dict[str, list[Image.Image]]) -> Non
 def describe(report: Report) -> str:
     """The report in a few lines for a terminal."""
     bands = ", ".join(f"{name} {share:.0%}" for name, share in report.explained_by_frequency.items())
+    advice = ""
+    if report.explained_with_own > report.explained_total + 0.05:
+        advice = (
+            f"\nthese images lie far from the assumed mean colour: with pixels.mean={report.own_mean} and pixels.std="
+            f"{report.own_std} in the recipe, s A z would explain {report.explained_with_own:.1%}"
+        )
     lost = f"; {len(report.unreadable)} unreadable, first: {report.unreadable[0]}" if report.unreadable else ""
     return (
         f"{report.images} images, {report.tokens} tokens: "
@@ -208,4 +249,5 @@ def describe(report: Report) -> str:
         f"scale s = {report.scale:.4f}, orthonormality error {report.orthonormality_error:.1e}\n"
         f"s A z explains {report.explained_total:.1%} of the pixel energy (by frequency in the patch: {bands})\n"
         f"recommended pixel shift {report.pixel_shift:.2f} = s x the base's latent shift {report.latent_shift:g}"
+        + advice
     )

@@ -2,6 +2,8 @@
 
     accelerate launch asymflow_ft/finetune.py recipes/flux2_klein.yaml [key=value ...] [--dry-run]
 
+or, in one process, `asymflow-ft finetune` with the same arguments.
+
 Read downwards: prepare, draw the base and step 0, train, draw and measure, save. Everything goes to `output_dir`;
 the same command run again continues from the newest checkpoint, and a finished run is left alone.
 """
@@ -16,47 +18,58 @@ from types import ModuleType
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, set_seed
-from torch import Tensor
-from torch.utils.data import DataLoader
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    set_seed,
+)
+from diffusers import DiffusionPipeline, ModelMixin
 from tqdm import tqdm
 
-from asymflow_ft.align import align, describe
+from asymflow_ft.align import align, check_aligned_for, describe
 from asymflow_ft.components.color import PixelCodec
 from asymflow_ft.components.pipelines import flow_solver
-from asymflow_ft.components.subspace import Cond, PixelModel, PixelSubspace, load_subspace
-from asymflow_ft.data.prepare import Batch, BucketBatches, collate
-from asymflow_ft.data.source import Source, open_source
-from asymflow_ft.evaluation.retrieval import sharpness
+from asymflow_ft.components.subspace import PixelModel, PixelSubspace, load_subspace
+from asymflow_ft.data.cache import content_key
+from asymflow_ft.data.source import Images, open_sources
 from asymflow_ft.families import family_of
-from asymflow_ft.method import asymflow
-from asymflow_ft.method import loss as losses
-from asymflow_ft.method.noise import logit_normal_sigmas
-from asymflow_ft.method.patches import to_image, to_tokens
-from asymflow_ft.recipe import Recipe, load_recipe, plain
+from asymflow_ft.recipe import Recipe, load_recipe
 from asymflow_ft.training import trainable
-from asymflow_ft.training.checkpoint import list_checkpoints, load_checkpoint, restore, save_checkpoint, write_json
+from asymflow_ft.training.checkpoint import load_checkpoint, newest_whole, restore, save_checkpoint, write_json
+from asymflow_ft.training.distributed import gather, gather_optimizer, load_optimizer, whole
 from asymflow_ft.training.ema import PowerEma
+from asymflow_ft.training.encode import free_memory
+from asymflow_ft.training.feed import loader, next_batch
 from asymflow_ft.training.finish import pipeline_settings, save_pipeline
+from asymflow_ft.training.objective import summarise, training_terms
 from asymflow_ft.training.optimizer import make_optimizer, set_rates
-from asymflow_ft.training.perceptual import PerceptualMap, load_lpips
-from asymflow_ft.training.run import StopSignal, claim, cut_log, finished_steps
-from asymflow_ft.training.stages import free_memory, prepare
-from asymflow_ft.training.validation import (
-    Judge,
-    draw_or_load,
-    held_out_errors,
+from asymflow_ft.training.perceptual import load_lpips
+from asymflow_ft.training.plan import dry_run, out_of_memory
+from asymflow_ft.training.quantize import quantize_frozen, round_frozen
+from asymflow_ft.training.run import (
+    PATIENCE,
+    STOPPED,
+    Log,
+    Stopped,
+    StopSignal,
+    check_same,
+    check_setup,
+    claim,
+    finished_steps,
+    on_main,
     peak_memory_gb,
-    prompt_noise,
-    save_grid,
-    summary,
+    process_state,
+    start_trackers,
+    write_status,
 )
-
-LOG_FILE = "logs/train.jsonl"
-DRAW_BATCH = 4  # pictures drawn at a time; small, so that drawing needs no more memory than training
+from asymflow_ft.training.stages import prepare
+from asymflow_ft.training.validation import Validation, summary
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """0 when the run is finished, 1 after a message about what the user can mend, 75 when it was asked to stop and
+    saved a checkpoint (the same command continues), 130 after a second Ctrl-C."""
     parser = argparse.ArgumentParser(
         prog="finetune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -64,192 +77,154 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="replaces a recipe value, e.g. train.lr=5e-5"
     )
-    parser.add_argument("--dry-run", action="store_true", help="validate everything that needs no weights, and stop")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="validate, print memory, disk, time, download, and stop"
+    )
+    parser.add_argument("--card", type=float, metavar="GB", help="memory to fit, for --dry-run (default: this GPU's)")
+    parser.add_argument("--tflops", type=float, help="sustained TFLOP/s per GPU, for --dry-run")
     args = parser.parse_args(arguments)
     try:
         recipe = load_recipe(args.recipe, args.overrides)
         if args.dry_run:
-            dry_run(recipe)
+            print(dry_run(recipe, args.tflops, args.card))
         else:
             finetune(recipe)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        if process_state().is_main_process:
+            print(f"error: {error}", file=sys.stderr)
         return 1
+    except torch.OutOfMemoryError as error:
+        print(f"error: {out_of_memory(recipe, error)}", file=sys.stderr)
+        return 1
+    except Stopped as stopped:
+        if process_state().is_main_process:
+            print(f"stopped: {stopped}; the same command continues", file=sys.stderr)
+        return STOPPED
     except KeyboardInterrupt:
         print("interrupted; the same command continues from the newest checkpoint", file=sys.stderr)
         return 130
     return 0
 
 
-def dry_run(recipe: Recipe) -> None:
-    """Print what would run, after opening the base's index and the data."""
-    family = family_of(recipe.base, recipe.revision)
-    source = open_source(recipe.data.source, recipe.data.split, recipe.data.image_column, recipe.data.caption_column)
-    transformer = family.transformer_on_meta(recipe.base, recipe.revision)
-    total = sum(p.numel() for p in transformer.parameters())
-    with torch.device("meta"):
-        subspace = PixelSubspace(rank=transformer.config.in_channels)
-    transformer = family.lift(transformer, subspace)
-    kind = "all weights"
-    if recipe.lora is not None:
-        targets = family.lora_targets(transformer)
-        trainable.attach_lora(transformer, targets, family.TRAINED_ENDS, recipe.lora.rank, recipe.lora.dropout)
-        kind = f"LoRA r={recipe.lora.rank} on {len(targets)} layers, and the end layers whole"
-    trained = sum(p.numel() for p in trainable.trained_parameters(transformer).values())
-    train = recipe.train
-    print(json.dumps(plain(recipe), indent=2))
-    print(
-        f"base {recipe.base}: {total:,} parameters; {trained:,} will be trained ({kind})\n"
-        f"data {recipe.data.source}: {len(source)} images\n"
-        f"{train.steps} steps of {train.batch_size} x {train.accumulation} images per process -> {recipe.output_dir}"
-    )
-
-
 def finetune(recipe: Recipe) -> None:
-    """The whole run. Raises ValueError for anything that the user can mend."""
+    """The whole run.
+
+    Raises:
+        ValueError: anything that the user can mend. Stopped: after SIGINT or SIGTERM, with a checkpoint saved.
+    """
     started = time.time()
     train, out = recipe.train, Path(recipe.output_dir)
     accelerator = Accelerator(
-        mixed_precision=train.precision,
-        gradient_accumulation_steps=train.accumulation,
-        log_with="tensorboard",
-        project_dir=out,
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        cpu=not torch.accelerator.is_available(),  # else every process on a CPU believes that it is alone
+        mixed_precision="no",  # the family's network call has an autocast of its own
+        # a plugin, because the plain argument gives way to what `accelerate launch` put into the environment
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=train.accumulation),
+        log_with=list(train.trackers) or None,
+        project_dir=out / "logs",
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=PATIENCE),
+        ],
     )
     main_process, device = accelerator.is_main_process, accelerator.device
     say = accelerator.print
+    per_step = train.batch_size * train.accumulation * accelerator.num_processes
     set_seed(recipe.seed)
+    check_setup(recipe, accelerator)
 
     # Prepare: everything that can be wrong is looked at before the first heavy step.
     family = family_of(recipe.base, recipe.revision)
-    source = open_source(recipe.data.source, recipe.data.split, recipe.data.image_column, recipe.data.caption_column)
-    claim(out, recipe, main_process)
-    accelerator.wait_for_everyone()
+    with accelerator.main_process_first():
+        images = open_sources(recipe.data, stream_folder=recipe.stream_folder)
+    on_main(accelerator, lambda: claim(out, recipe, per_step))
     if (out / "pipeline" / "model_index.json").is_file() and finished_steps(out) >= train.steps:
+        if main_process:
+            write_status(out, "finished", finished_steps(out), per_step)
         say(f"{out} holds a finished run of {finished_steps(out)} steps; nothing to do.\n"
             "Continue it with a larger train.steps, or start another with another output_dir.")  # fmt: skip
         return
+    checkpoint = on_main(accelerator, lambda: newest_checkpoint(out))
     perceptual = load_lpips(device) if recipe.loss.perceptual == "lpips" else None
     codec = PixelCodec(recipe.pixels.space, recipe.pixels.mean, recipe.pixels.std)
-    subspace = aligned(recipe, family, source, codec, say)
+    subspace = aligned(recipe, family, images, codec, say)
     patch = subspace.config["patch"]
-    if recipe.data.resolution % patch:
-        raise ValueError(f"data.resolution {recipe.data.resolution} is not a multiple of the patch, {patch}")
-    data = prepare(recipe, family, source, patch, accelerator)
-    if data.unreadable:
-        say(f"left out {len(data.unreadable)} unreadable images, first: {data.unreadable[0]}")
+    data = prepare(recipe, family, images, patch, accelerator)
+    material = {
+        "images to train on": content_key(*data.train.entries), "held-out images": content_key(*data.held_out.entries),
+        "prompts": content_key(*data.prompts), "subspace": content_key(*subspace.float32()[0].sum(0).tolist()),
+    }  # fmt: skip
+    on_main(accelerator, lambda: check_same(out, material))
 
     # Draw the base while its VAE is at hand.
-    dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
-    parts = family.load_parts(recipe.base, ("vae", "transformer", "scheduler"), dtype, recipe.revision)
-    parts.to(device)
+    parts = on_device(recipe, family, ("vae", "transformer", "scheduler"), device)
     subspace.to(device)
-    shift = recipe.noise.shift or family.latent_shift(parts) * subspace.scale.item()
-    size = (recipe.data.resolution, recipe.data.resolution)
-    drawn = max(recipe.sample.count, recipe.sample.judge)
-    prompts = data.prompts[:drawn]
-    noise = prompt_noise(len(prompts), size, recipe.seed)
-    grid = (size[0] // patch, size[1] // patch)
-    embeds, empty = torch.stack([data.embed(p) for p in prompts]).to(device), data.embed("").to(device)
-    pictures: dict[str, list] = {}
-    if main_process:
-        parts.set_progress_bar_config(disable=True)
-
-        def draw_base(start: int, stop: int) -> list:
-            z = to_tokens(noise[start:stop], patch).to(device) @ subspace.basis
-            steps, guidance = recipe.sample.steps, recipe.sample.guidance
-            return family.draw_base(parts, to_image(z, grid, 1), embeds[start:stop], empty, size, steps, guidance)
-
-        pictures["latent base"] = draw_or_load(
-            out / "samples/base", len(prompts), draw_base, DRAW_BATCH, "base samples"
-        )
+    native = family.latent_shift(parts) * subspace.scale.item()
+    shift = native if recipe.noise.shift is None else recipe.noise.shift
+    validation = Validation(recipe, data, subspace, codec, accelerator)
+    base_pictures = validation.draw("base samples", "base", validation.base_drawer(family, parts))
+    validation.keep("latent base", "latent base", base_pictures)
     parts.vae = None
-    free_memory()
 
-    # What is trained, and the frozen reference beside it. Lifted on the device, where it shares the base's weights.
-    lifted = family.lift(parts.transformer, subspace)
+    # What is trained, and the frozen reference beside it.
+    if train.base_weights == "full":
+        network = family.lift(parts.transformer, subspace)
+    else:
+        parts.transformer = None
+        free_memory()
+        network = family.lift(load_transformer(recipe, family), subspace)
+        quantize_frozen(network, train.base_weights, family.TRAINED_ENDS, device)
     if recipe.lora is None:
-        network = trainable.copy_for_full_training(lifted)
+        network = trainable.copy_for_full_training(network)
         reference = trainable.frozen_reference(parts.transformer, subspace, family.predict)
     else:
-        network = lifted
+        parts.transformer = None  # else the full weights that it shares would outlive sharding
         targets = family.lora_targets(network)
         trainable.attach_lora(network, targets, family.TRAINED_ENDS, recipe.lora.rank, recipe.lora.dropout)
     network.train()
     if train.gradient_checkpointing:
         network.enable_gradient_checkpointing()
-    parameters = trainable.trained_parameters(network)
-    ema = PowerEma(parameters.items(), train.ema_gamma, train.ema_start)
-    optimizer = make_optimizer(recipe, parameters, family.OUTPUT_LAYER)
+    if train.compile:
+        network.compile_repeated_blocks()
+    optimizer = make_optimizer(recipe, trainable.trained_parameters(network), family.TRAINED_ENDS, family.OUTPUT_LAYER)
     prepared, optimizer = accelerator.prepare(network, optimizer)
     if recipe.lora is not None:
         reference = trainable.lora_reference(prepared, network, subspace, family.predict)
-    model = PixelModel(prepared, subspace, family.predict)
-    say(f"{sum(p.numel() for p in parameters.values()):,} trained parameters, "
-        f"timestep shift {shift:.2f}, {len(data.train)} training images, {len(data.held_out)} held out")  # fmt: skip
-
+    parameters = trainable.trained_parameters(network)  # sharded by now, if the run is
+    ema = PowerEma(
+        parameters.items(), train.ema_gamma, train.ema_start, None if train.ema_device == "same" else train.ema_device
+    )
     pipeline = family.pixel_pipeline_class(parts)(
         scheduler=flow_solver(), text_encoder=None, tokenizer=None, transformer=network, subspace=subspace,
         codec=codec, **pipeline_settings(recipe, shift),
     )  # fmt: skip
-    pipeline.set_progress_bar_config(disable=True)
+    model = PixelModel(prepared, subspace, family.predict, pipeline.distilled_guidance)
+    say(f"{sum(p.numel() for p in parameters.values()):,} trained parameters, timestep shift {shift:.2f}")
 
-    def draw_pixels(start: int, stop: int) -> list:
-        network.eval()
-        images = pipeline(
-            prompt_embeds=embeds[start:stop], negative_prompt_embeds=empty.expand(stop - start, -1, -1),
-            latents=noise[start:stop], height=size[0], width=size[1], num_inference_steps=recipe.sample.steps,
-            guidance_scale=recipe.sample.guidance, orthogonal_guidance=recipe.sample.orthogonal,
-            clamp=recipe.sample.clamp,
-        ).images  # fmt: skip
-        network.train()
-        return images
-
-    judge = Judge([data.train, data.held_out], prompts[: recipe.sample.judge]) if recipe.sample.judge else None
-    metrics: dict[str, dict] = {"held_out_error": {}}
-
-    def measure(name: str, images: list) -> None:
-        metrics[name] = (
-            {"sharpness": sharpness(images)} if judge is None else judge.measure(images[: len(judge.targets)])
-        )
-
-    if judge is not None:
-        pictures = {"real": judge.real(), **pictures}
-        metrics["real"] = {"sharpness": sharpness(pictures["real"])}
-    if main_process:
-        measure("latent base", pictures["latent base"])
-        pictures["pixels, step 0"] = draw_or_load(
-            out / "samples/step_0", len(prompts), draw_pixels, DRAW_BATCH, "step 0 samples"
-        )
-        measure("step 0", pictures["pixels, step 0"])
-        save_grid(out, pictures, prompts, recipe.sample.count, 0)
-
-    # Resume. At step 0 the held-out error of the lifted base is measured; later it is read from the earlier part.
-    step, found = 0, list_checkpoints(out / "checkpoints")
+    # Step 0: the lifted base, before any training.
+    draw_pixels = validation.pixel_drawer(pipeline, network)
+    step_0 = validation.draw("step 0 samples", "step_0", draw_pixels)
+    validation.keep("step 0", "pixels, step 0", step_0)
     held_out_file = out / "logs/held_out_step_0.json"
-    if main_process and not held_out_file.is_file():
+    if not held_out_file.is_file():
         network.eval()
-        write_json(held_out_file, held_out_errors(pipeline.pixel_model, codec, data.held_out, device, recipe.seed))
+        errors = validation.held_out_errors(model)
         network.train()
-    if found:
-        step, saved, averages, optimizer_state = load_checkpoint(found[-1])
-        restore(parameters, saved, f"checkpoint {found[-1]}")
-        restore(ema.average, averages, f"checkpoint {found[-1]}")
-        optimizer.load_state_dict(optimizer_state)
-        say(f"continuing from {found[-1].name}")
-    if main_process:
-        cut_log(out / LOG_FILE, step)
-        accelerator.init_trackers("logs")
-    batches = iter(
-        DataLoader(
-            data.train,
-            batch_sampler=BucketBatches(
-                [entry.size for entry in data.train.entries], train.batch_size, recipe.seed,
-                start=step * train.accumulation, rank=accelerator.process_index, world=accelerator.num_processes,
-            ),
-            collate_fn=collate,
-        )
-    )  # fmt: skip
+        if main_process:
+            write_json(held_out_file, errors)
+    start_trackers(accelerator, recipe)
+    validation.save_grid(0)
+
+    # Resume.
+    step = 0
+    if checkpoint:
+        step, saved, averages, optimizer_state = load_checkpoint(checkpoint)
+        restore(parameters, saved, f"checkpoint {checkpoint}")
+        restore(ema.average, averages, f"checkpoint {checkpoint}")
+        load_optimizer(optimizer, optimizer_state)
+        del saved, averages, optimizer_state  # another copy of all that is trained, in every process
+        say(f"continuing from {checkpoint.name}")
+    log = Log(out, step, accelerator)
+    batches = iter(loader(recipe, data.train, step, accelerator))
 
     # Train.
     stop = StopSignal()
@@ -257,117 +232,111 @@ def finetune(recipe: Recipe) -> None:
         total=train.steps, initial=step, desc="train", disable=not main_process, dynamic_ncols=True, mininterval=2
     )
     while step < train.steps:
-        set_rates(optimizer, step, train.warmup)
-        shown: dict[str, float] = {}
+        set_rates(optimizer, step, train)
+        rows, names = [], []
         for micro in range(train.accumulation):
-            batch = next(batches)
+            batch = next_batch(batches)
             with accelerator.accumulate(prepared):
+                # LoRA dropout; all else is drawn from the samples' serial numbers
                 torch.manual_seed(hash((recipe.seed, step, micro, accelerator.process_index)) % 2**63)
-                terms = training_loss(recipe, model, reference, codec, perceptual, batch, empty, shift, device)
-                value = sum(terms.values())
-                if not torch.isfinite(value):
-                    raise ValueError(
-                        f"the loss is {value.item()} at step {step + 1} (images {batch.indices}); "
-                        "the newest checkpoint is sound. Lower train.lr or look at those images"
-                    )
-                accelerator.backward(value)
-                if accelerator.sync_gradients:
-                    limit = train.clip_norm if step >= train.clip_after else math.inf
-                    norm = float(accelerator.clip_grad_norm_(parameters.values(), limit))
-                    if not math.isfinite(norm):
-                        raise ValueError(f"the gradient is {norm} at step {step + 1}; lower train.lr")
-                optimizer.step()
-                optimizer.zero_grad()
-            for name, term in {"loss": value, **terms}.items():
-                shown[name] = shown.get(name, 0.0) + term.item() / train.accumulation
+                terms = training_terms(recipe, model, reference, codec, perceptual, batch, shift, device)
+                accelerator.backward(terms.loss())
+            rows.append(terms.rows())
+            names += batch.names
+        limit = train.clip_norm if step >= train.clip_after else math.inf
+        norm = whole(accelerator.clip_grad_norm_(parameters.values(), limit)).item()
+        if math.isfinite(norm):
+            optimizer.step()
+        optimizer.zero_grad()
         step += 1
-        ema.update(step)
-        shown |= {"grad_norm": norm, "lr": optimizer.param_groups[0]["lr"]}
-        if main_process:
-            with open(out / LOG_FILE, "a", encoding="utf-8") as log:
-                log.write(json.dumps({"step": step, **shown}) + "\n")
-        accelerator.log(shown, step=step)
-        progress.set_postfix(loss=f"{shown['loss']:.3f}", mem=f"{peak_memory_gb(device):.1f}GB", refresh=False)
+        if math.isfinite(norm):
+            ema.update(step)
+        log.step(step, summarise(accelerator.gather(torch.cat(rows))), norm, optimizer, names, train.max_bad_steps)
+        progress.set_postfix(log.postfix(), refresh=False)
         progress.update()
+
         halted = stop.asked(accelerator)
-        if main_process and (halted or step % train.checkpoint_every == 0 or step == train.steps):
-            save_checkpoint(
-                out / "checkpoints", step, parameters, ema.average, optimizer.state_dict(), train.keep_checkpoints
-            )
-        if halted:
-            raise KeyboardInterrupt
-        if main_process and recipe.sample.every and step % recipe.sample.every == 0 and step < train.steps:
+        if halted or step % train.checkpoint_every == 0 or step == train.steps:
+            state = [gather(parameters, main_process), gather(ema.average, main_process)]
+            state.append(gather_optimizer(optimizer, main_process))
+            if main_process:
+                save_checkpoint(out / "checkpoints", step, *state, train.keep_checkpoints, train.keep_every)
+                write_status(out, "stopped" if halted else "running", step, per_step)
+            del state
+            accelerator.wait_for_everyone()
+        if halted and step < train.steps:
+            raise Stopped(f"checkpoint of step {step} of {train.steps} saved")
+        if recipe.sample.every and step % recipe.sample.every == 0 and step < train.steps:
             with ema.applied():
-                count = recipe.sample.count
-                now = draw_or_load(
-                    out / f"samples/step_{step}", count, draw_pixels, DRAW_BATCH, f"step {step} samples"
-                )
-            save_grid(out, {**pictures, f"pixels, step {step}": now}, prompts, count, step)
+                now = validation.draw(f"step {step} samples", f"step_{step}", draw_pixels, recipe.sample.count)
+            validation.save_grid(step, {f"pixels, step {step}": now})
     progress.close()
+    stop.release()
 
     # Draw, measure, save: all with the averaged weights.
+    with ema.applied():
+        finetuned = validation.draw("final samples", f"final_{step}", draw_pixels)
+        network.eval()
+        errors = validation.held_out_errors(model)
+    averages = gather(ema.average, main_process)
     if main_process:
-        with ema.applied():
-            name = f"pixels, step {step}"
-            pictures[name] = draw_or_load(
-                out / f"samples/final_{step}", len(prompts), draw_pixels, DRAW_BATCH, "final samples"
-            )
-            network.eval()
-            final = held_out_errors(pipeline.pixel_model, codec, data.held_out, device, recipe.seed)
-            save_pipeline(
-                recipe,
-                family,
-                pipeline,
-                trainable.merge(network, family.lift(parts.transformer, subspace)),
-                out / "pipeline",
-            )
-        measure("finetuned", pictures[name])
-        save_grid(out, pictures, prompts, recipe.sample.count, step)
-        metrics["held_out_error"] = {"step 0": json.loads(held_out_file.read_text()), "finetuned": final}
-        run = {"steps": step, "seconds": round(time.time() - started, 1), "peak_memory_gb": peak_memory_gb(device)}
-        write_json(out / "metrics.json", {**metrics, "run": run})
-        say(summary(metrics, out))
+        lifted = family.lift(load_transformer(recipe, family), subspace.to("cpu"))
+        if train.base_weights != "full":  # what was trained stands on rounded weights
+            round_frozen(lifted, train.base_weights, family.TRAINED_ENDS)
+        save_pipeline(recipe, family, pipeline, trainable.merge(averages, lifted), out / "pipeline")
+    validation.keep("finetuned", f"pixels, step {step}", finetuned)
+    validation.save_grid(step)
+    if main_process:
+        held_out = {"step 0": json.loads(held_out_file.read_text()), "finetuned": errors}
+        run = {"steps": step, "seconds": round(time.time() - started, 1), "peak_memory_gb": peak_memory_gb(device),
+               "skipped_steps": log.skipped}  # fmt: skip
+        write_json(out / "metrics.json", {"held_out_error": held_out, **validation.metrics, "run": run})
+        write_status(out, "finished", step, per_step)
+        say(summary({"held_out_error": held_out, **validation.metrics}, out))
+    accelerator.wait_for_everyone()
     accelerator.end_training()
 
 
-def training_loss(
-    recipe: Recipe, model: PixelModel, reference: trainable.Reference, codec: PixelCodec,
-    perceptual: PerceptualMap | None, batch: Batch, empty: Tensor, shift: float, device: torch.device,
-) -> dict[str, Tensor]:  # fmt: skip
-    """The weighted terms of the loss on one micro-batch; all randomness comes from the global generator."""
-    patch = model.subspace.config["patch"]
-    rgb, z0, embeds = batch.rgb.to(device), batch.z0.to(device), batch.embeds.to(device)
-    count = len(rgb)
-    grid = (rgb.shape[-2] // patch, rgb.shape[-1] // patch)
-    x0 = to_tokens(codec.encode(rgb), patch)
-    level = torch.randn(count, 1, 1).to(device)
-    sigma = logit_normal_sigmas(level, shift, recipe.noise.mean, recipe.noise.std)
-    eps = torch.randn(x0.shape).to(device)
-    dropped = (torch.rand(count, 1, 1) < recipe.train.caption_dropout).to(device)
-    cond = Cond(torch.where(dropped, empty, embeds))
+def newest_checkpoint(out: Path) -> Path | None:
+    """The newest checkpoint of which every byte is right.
 
-    x_t = torch.lerp(x0, eps, sigma)
-    x_low = asymflow.lift(z0, *model.subspace.float32())
-    x_low_hat = reference(z0, eps, sigma, cond, grid)
-    x0_hat = model.clean(x_t, sigma, cond, grid)
-    target = losses.variance_reduced_target(x0, x0_hat, x_low, x_low_hat, sigma, recipe.loss.kappa)
-    terms = {"mse": recipe.loss.mse * losses.velocity_mse(x0_hat, target.image, sigma, recipe.loss.sigma_floor)}
-    if perceptual is not None:
-        weight = losses.perceptual_weight(target, sigma, recipe.loss.sigma_floor)
-        distance = perceptual(codec.decode(to_image(x0_hat, grid, patch)), rgb)
-        per_pixel = to_image(weight.expand(-1, -1, patch**2), grid, patch)
-        terms["perceptual"] = recipe.loss.perceptual_weight * (distance * per_pixel).mean()
-    return terms
+    Raises:
+        ValueError: there are checkpoints, but none is whole.
+    """
+    found, broken = newest_whole(out / "checkpoints")
+    for why in broken:
+        print(f"passed over a broken checkpoint: {why}")
+    if broken and found is None:
+        raise ValueError(f"no checkpoint is whole ({broken[0]}); move {out / 'checkpoints'} away to start at step 0")
+    return found
 
 
-def aligned(recipe: Recipe, family: ModuleType, source: Source, codec: PixelCodec, say) -> PixelSubspace:
+def load_transformer(recipe: Recipe, family: ModuleType) -> ModelMixin:
+    """The base's transformer as stored, in host memory."""
+    return family.load_parts(recipe.base, ("transformer",), base_dtype(recipe), recipe.revision).transformer
+
+
+def on_device(recipe: Recipe, family: ModuleType, names: tuple[str, ...], device: torch.device) -> DiffusionPipeline:
+    """Parts of the base, with the transformer quantised as the recipe says."""
+    parts = family.load_parts(recipe.base, names, base_dtype(recipe), recipe.revision)
+    if recipe.train.base_weights != "full":
+        quantize_frozen(parts.transformer, recipe.train.base_weights, family.TRAINED_ENDS, device)
+    return parts.to(device)
+
+
+def base_dtype(recipe: Recipe) -> torch.dtype:
+    return torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
+
+
+def aligned(recipe: Recipe, family: ModuleType, images: Images, codec: PixelCodec, say) -> PixelSubspace:
     """The recipe's subspace, made now when it is missing and the recipe says `align.mode: auto`."""
     if recipe.align.mode == "auto" and not Path(recipe.align.path).exists():
         report = align(
-            recipe.base, family, source, codec, Path(recipe.align.path), recipe.align.num_images,
+            recipe.base, family, images, codec, Path(recipe.align.path), recipe.align.num_images,
             recipe.data.resolution, recipe.revision, recipe.seed,
         )  # fmt: skip
         say(describe(report))
+    check_aligned_for(recipe.align.path, codec)
     return load_subspace(recipe.align.path)
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the first import of huggingface_hub
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes on two cores; more threads wait for each other
 
 REPOSITORY = Path(__file__).parent.parent
 

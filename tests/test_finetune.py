@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from asymflow_ft import cli, finetune
 from asymflow_ft.families import load_pixel_pipeline
-from asymflow_ft.training.checkpoint import list_checkpoints
+from asymflow_ft.training.checkpoint import list_checkpoints, verify_checkpoint
 from asymflow_ft.training.ema import PowerEma
 from tests.conftest import REPOSITORY
 
@@ -39,7 +39,8 @@ def small_data(tmp_path_factory, tiny_data):
 @pytest.fixture(scope="module")
 def subspace(tmp_path_factory, tiny_data):
     out = tmp_path_factory.mktemp("align") / "subspace"
-    arguments = ["--base", str(REPOSITORY / "recipes/tiny/base"), "--data", tiny_data, "--out", str(out)]
+    base, recipe = str(REPOSITORY / "recipes/tiny/base"), str(REPOSITORY / RECIPE)
+    arguments = ["--recipe", recipe, "--base", base, "--data", tiny_data, "--out", str(out)]
     assert cli.main(["align", *arguments, "--num-images", "40", "--resolution", "128"]) == 0
     return out
 
@@ -48,7 +49,8 @@ def run(out, small_data, subspace, *overrides):
     return finetune.main([
         RECIPE, f"output_dir={out}", f"data.source={small_data}", f"align.path={subspace}", "data.held_out=2",
         f"sample.prompts={small_data / 'prompts.txt'}", "sample.steps=2", "sample.count=2", "sample.judge=2",
-        "sample.every=0", "train.batch_size=2", "train.warmup=2", "train.ema_start=1", "train.clip_after=1",
+        "sample.every=0", "data.max_unreadable=0.2", "data.workers=0",
+        "train.batch_size=2", "train.warmup=2", "train.ema_start=1", "train.clip_after=1",
         *overrides,
     ])  # fmt: skip
 
@@ -83,7 +85,11 @@ def test_run_interrupted_and_resumed_is_the_same_run(kind, tmp_path, small_data,
         assert all(torch.equal(one[key], other[key]) for key in one | other)
 
     metrics = json.loads((halved / "metrics.json").read_text())
-    assert metrics["run"]["steps"] == 4 and set(metrics["finetuned"]) == {"retrieval_at_5", "sharpness"}
+    assert metrics["run"]["steps"] == 4 and set(metrics["finetuned"]) == {
+        "retrieval_at_5",
+        "picture_error",
+        "sharpness",
+    }
     assert metrics["held_out_error"].keys() == {"step 0", "finetuned"}
     assert (halved / "samples/step-000004.png").is_file() and (halved / "recipe.yaml").is_file()
     pipeline = load_pixel_pipeline(str(halved / "pipeline"), torch.float32)
@@ -91,8 +97,46 @@ def test_run_interrupted_and_resumed_is_the_same_run(kind, tmp_path, small_data,
 
     assert run(halved, small_data, subspace, "train.steps=4", *options) == 0
     assert "holds a finished run of 4 steps" in capsys.readouterr().out
+    assert json.loads((halved / "status.json").read_text()) == {"state": "finished", "step": 4, "images_per_step": 2}
     assert run(halved, small_data, subspace, "train.steps=4", "train.lr=1e-5", *options) == 1
     assert "choose another output_dir" in capsys.readouterr().err
+
+
+def test_a_run_falls_back_over_a_broken_checkpoint(tmp_path, small_data, subspace, capsys):
+    out, every = tmp_path / "run", ["train.checkpoint_every=1", "train.keep_checkpoints=3"]
+    assert run(out, small_data, subspace, "train.steps=2", *every) == 0
+    one, two = list_checkpoints(out / "checkpoints")
+    (two / "ema.safetensors").write_bytes(b"")
+    assert run(out, small_data, subspace, "train.steps=3", *every) == 0
+    printed = capsys.readouterr().out
+    assert f"broken checkpoint: {two / 'ema.safetensors'} has 0 bytes" in printed
+    assert f"continuing from {one.name}" in printed and [line["step"] for line in log_of(out)] == [1, 2, 3]
+    whole = list_checkpoints(out / "checkpoints")
+    assert len(whole) == 3 and not any(map(verify_checkpoint, whole))
+    for path in whole:
+        (path / "state.json").unlink()
+    assert run(out, small_data, subspace, "train.steps=4", *every) == 1
+    assert "no checkpoint is whole" in capsys.readouterr().err
+
+
+def test_a_run_does_not_go_on_with_other_material(tmp_path, small_data, subspace, capsys):
+    data, out = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(small_data, data)
+    assert run(out, data, subspace, "train.steps=1") == 0
+    (data / "prompts.txt").write_text("rocket")
+    for change, message in (
+        (lambda: None, "other prompts"),
+        (lambda: add_image(data), "images to train on and prompts"),
+    ):
+        change()
+        assert run(out, data, subspace, "train.steps=2") == 1
+        assert message in capsys.readouterr().err
+
+
+def add_image(data):
+    Image.new("RGB", (128, 128), "red").save(data / "images/red.png")
+    with open(data / "metadata.jsonl", "a") as file:
+        file.write("\n" + json.dumps({"file_name": "images/red.png", "text": "red"}))
 
 
 def test_accumulation_and_no_held_out_images(tmp_path, small_data, subspace):
@@ -110,7 +154,8 @@ def test_bad_input_is_one_message(tmp_path, small_data, subspace, capsys):
         "no aligned subspace": [f"align.path={tmp_path / 'nothing'}", "align.mode=require"],
         "leave none to train on": ["data.held_out=11"],
         "did you mean train.lr": ["train.lrr=1"],
-        "cannot open the base": ["base=no/such-base"],
+        "was aligned with pixels": ["pixels.std=0.2"],
+        "cannot open 'no/such-base'": ["base=no/such-base"],
     }
     for i, (message, overrides) in enumerate(cases.items()):
         assert run(tmp_path / str(i), small_data, subspace, "train.steps=1", *overrides) == 1, message
@@ -118,10 +163,27 @@ def test_bad_input_is_one_message(tmp_path, small_data, subspace, capsys):
         assert message in error and error.count("error:") == 1 and "Traceback" not in error
 
 
-def test_diverging_loss_stops_the_run(tmp_path, small_data, subspace, capsys):
-    assert run(tmp_path / "run", small_data, subspace, "train.steps=9", "train.lr=1e30", "train.warmup=0") == 1
+def test_bad_steps_are_skipped_and_then_stop_the_run(tmp_path, small_data, subspace, capsys):
+    out = tmp_path / "run"
+    options = ["train.steps=9", "train.lr=1e30", "train.warmup=0", "train.max_bad_steps=3", "train.checkpoint_every=1"]
+    assert run(out, small_data, subspace, *options) == 1
     error = capsys.readouterr().err
-    assert "at step" in error and "lower train.lr" in error.lower()
+    assert "not finite in 3 steps in a row" in error and "Lower train.lr" in error and "images/" in error
+    lines = log_of(out)
+    assert [line["grad_norm"] is None for line in lines[-3:]] == [True] * 3 and lines[0]["grad_norm"] > 0
+    kept = [load_file(path / "trained.safetensors") for path in list_checkpoints(out / "checkpoints")]
+    assert all(torch.equal(kept[-1][name], kept[-2][name]) for name in kept[-1])  # a skipped step changes nothing
+
+
+def test_out_of_memory_names_the_keys_that_help(tmp_path, small_data, subspace, capsys, monkeypatch):
+    def too_large(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(finetune, "training_terms", too_large)
+    assert run(tmp_path / "run", small_data, subspace, "train.steps=1") == 1
+    error = capsys.readouterr().err
+    assert "CUDA out of memory" in error and "these recipe keys would help most" in error and "GB less" in error
+    assert "Traceback" not in error
 
 
 def test_dry_run_counts_and_writes_nothing(tmp_path, capsys):
@@ -131,11 +193,12 @@ def test_dry_run_counts_and_writes_nothing(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_half_written_checkpoints_do_not_count(tmp_path):
-    (tmp_path / "step-000004.part").mkdir()
-    (tmp_path / "step-000004.part/state.json").write_text("{}")
-    (tmp_path / "step-000006").mkdir()
-    assert list_checkpoints(tmp_path) == []
+def test_dry_run_of_a_mix_downloads_no_stream(tmp_path, small_data, capsys):
+    mix = f"[{{source: {small_data}}}, {{source: {small_data}, limit: 5}}, {{source: x/y, streaming: true, limit: 7}}]"
+    overrides = ["data.source=null", f"data.mix={mix}", f"output_dir={tmp_path / 'run'}"]
+    assert finetune.main([RECIPE, *overrides, "--dry-run"]) == 0
+    assert "24 images, 7 of them streamed" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
 
 
 def test_ema_follows_the_power_function():

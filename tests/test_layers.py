@@ -4,8 +4,10 @@ import ast
 
 from tests.conftest import REPOSITORY
 
-LAYERS = [{"method", "recipe"}, {"components"}, {"evaluation", "data", "families"}, {"training", "hub"}, {"align"},
-          {"finetune"}, {"cli"}]  # fmt: skip
+LAYERS = [
+    {"method", "recipe_keys"}, {"recipe", "components"}, {"evaluation", "data", "families"}, {"training", "hub"},
+    {"align"}, {"finetune", "synthesize"}, {"cli"},
+]  # fmt: skip
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 
 

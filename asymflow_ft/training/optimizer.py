@@ -1,24 +1,34 @@
 """The optimizer and its learning rates."""
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
-from asymflow_ft.recipe import Recipe
+from asymflow_ft.recipe import Recipe, Train
 from asymflow_ft.training.trainable import diffusers_name
 
 
-def make_optimizer(recipe: Recipe, parameters: dict[str, nn.Parameter], output_layer: str) -> torch.optim.Optimizer:
-    """AdamW in 8 or 32 bits; the output projection has its own rate.
+def make_optimizer(
+    recipe: Recipe, parameters: dict[str, nn.Parameter], ends: Sequence[str], output_layer: str
+) -> torch.optim.Optimizer:
+    """AdamW in 8 or 32 bits with a learning rate each for the trunk, the end layers and the output projection.
 
     Args:
-        output_layer: diffusers name of that projection, `proj_out` in FLUX.2.
+        ends: diffusers names of the end layers. output_layer: the one that writes pixels, `proj_out` in FLUX.2.
     """
     train = recipe.train
-    last = [p for name, p in parameters.items() if diffusers_name(name).startswith(output_layer + ".")]
-    rest = [p for p in parameters.values() if all(p is not other for other in last)]
-    groups = [{"params": rest, "lr": train.lr}, {"params": last, "lr": train.lr_output}]
-    for group in groups:
-        group["peak"] = group["lr"]
+    rates = {
+        "trunk": train.lr,
+        "ends": train.lr if train.lr_ends is None else train.lr_ends,
+        "output": train.lr_output,
+    }
+    members: dict[str, list[nn.Parameter]] = {name: [] for name in rates}
+    for name, parameter in parameters.items():
+        layer = diffusers_name(name).rpartition(".")[0]
+        members["output" if layer == output_layer else "ends" if layer in ends else "trunk"].append(parameter)
+    groups = [{"params": members[name], "lr": rate, "peak": rate} for name, rate in rates.items() if members[name]]
     if train.optimizer == "adamw8bit":
         import bitsandbytes  # not there on macOS
 
@@ -28,8 +38,19 @@ def make_optimizer(recipe: Recipe, parameters: dict[str, nn.Parameter], output_l
     return kind(groups, betas=tuple(train.betas), weight_decay=train.weight_decay)
 
 
-def set_rates(optimizer: torch.optim.Optimizer, step: int, warmup: int) -> None:
-    """Linear warm-up from a thousandth, then constant."""
-    factor = 1.0 if step >= warmup else 1e-3 + (1 - 1e-3) * step / warmup
+def rate_factor(step: int, train: Train) -> float:
+    """Share of the peak learning rate at optimizer step `step` (from 0): linear warm-up from a thousandth, then
+    constant, or a half cosine that ends at a hundredth."""
+    if step < train.warmup:
+        return 1e-3 + (1 - 1e-3) * step / train.warmup
+    if train.schedule == "constant":
+        return 1.0
+    done = (step - train.warmup) / max(train.steps - train.warmup, 1)
+    return 0.01 + 0.99 * (0.5 + 0.5 * math.cos(math.pi * min(done, 1.0)))
+
+
+def set_rates(optimizer: torch.optim.Optimizer, step: int, train: Train) -> None:
+    """Set every group's rate for the step to come."""
+    factor = rate_factor(step, train)
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * factor

@@ -1,53 +1,164 @@
 """The run folder: who may write there, what was logged, and how a run stops."""
 
+import importlib.util
 import json
+import math
+import resource
 import signal
 import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object, parse_flag_from_env
 from tqdm import tqdm
 
-from asymflow_ft.recipe import Recipe, load_recipe, plain, save_recipe
+from asymflow_ft.recipe import Recipe, flat, load_recipe, save_recipe
+from asymflow_ft.training.checkpoint import write_json
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "asymflow-ft")
+STOPPED = 75  # exit code after a stop with a checkpoint: EX_TEMPFAIL, "try again later"
+PATIENCE = timedelta(hours=6)  # processes wait for a download, a merge or a slow neighbour; the default is 10 minutes
 # A run that continues may change these; anything else would make it another run.
-MAY_CHANGE = ("train.steps", "train.checkpoint_every", "train.keep_checkpoints", "sample.every", "output_dir")
+MAY_CHANGE = (
+    "train.steps", "train.batch_size", "train.accumulation", "train.checkpoint_every", "train.keep_checkpoints",
+    "train.keep_every", "train.trackers", "train.gradient_checkpointing", "train.compile", "train.ema_device",
+    "train.max_bad_steps", "sample.every", "data.workers", "data.max_unreadable", "cache.folder", "cache.enabled",
+    "align.mode", "output_dir",
+)  # fmt: skip
 
 
-def claim(out: Path, recipe: Recipe, main_process: bool) -> None:
+def process_state() -> PartialState:
+    """This process among those of `accelerate launch`. Several CPU processes find each other only when told `cpu`;
+    Accelerator reads that from the environment, PartialState does not."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=PATIENCE)
+
+
+T = TypeVar("T")
+
+
+def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
+    """What `work` returns in the main process, for every process; its ValueError is raised in every one."""
+    result: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            result[0] = work()
+        except ValueError as error:
+            result[1] = str(error)
+    result, problem = broadcast_object_list(result)
+    if problem is not None:
+        raise ValueError(problem)
+    return result
+
+
+def claim(out: Path, recipe: Recipe, images_per_step: int) -> None:
     """Make the run folder, or check that the run in it is this one; nothing there is overwritten.
 
     Raises:
-        ValueError: the folder holds a run of another recipe, or cannot be written.
+        ValueError: the folder holds a run of another recipe or with another number of images per step, or cannot be
+            written.
     """
     file = out / "recipe.yaml"
+    status = read_status(out)
+    if status and status["images_per_step"] != images_per_step:
+        raise ValueError(
+            f"{out} holds a run of {status['images_per_step']} images per step, and this is one of {images_per_step} "
+            "(train.batch_size x train.accumulation x processes); change one of them, or choose another output_dir"
+        )
     if file.is_file():
-        before, now = _flat(plain(load_recipe(file))), _flat(plain(recipe))
+        before, now = flat(load_recipe(file)), flat(recipe)
         changed = [key for key in now if now[key] != before.get(key) and key not in MAY_CHANGE]
-        if changed:
+        if changed and any((out / name).exists() for name in ("samples", "checkpoints")):
             key = changed[0]
             raise ValueError(
                 f"{out} holds a run with {key}={before.get(key)!r}, and the recipe now says {now[key]!r}"
                 f"{f' (and {len(changed) - 1} more differ)' if len(changed) > 1 else ''}; choose another output_dir"
             )
-    elif out.is_dir() and any(path.name not in ("subspace", "cache") for path in out.iterdir()):
+    elif out.is_dir() and any(path.name not in ("subspace", "cache", "recipe.yaml.part") for path in out.iterdir()):
         raise ValueError(f"{out} holds other files and no recipe.yaml; choose another output_dir")
-    if main_process:
-        try:
-            (out / "logs").mkdir(parents=True, exist_ok=True)
-            save_recipe(recipe, file, "resolved recipe; made with " + ", ".join(f"{p} {version(p)}" for p in PACKAGES))
-        except OSError as error:
-            raise ValueError(f"cannot write to output_dir {out}: {error}") from error
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        part = out / "recipe.yaml.part"
+        save_recipe(recipe, part, "resolved recipe; made with " + ", ".join(f"{p} {version(p)}" for p in PACKAGES))
+        part.replace(file)
+        write_status(out, "running", status["step"] if status else 0, images_per_step)
+        (out / "logs").mkdir(exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot write to output_dir {out}: {error}") from error
 
 
-def _flat(values: dict, prefix: str = "") -> dict[str, object]:
-    flat: dict[str, object] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+def check_same(out: Path, now: dict[str, str]) -> None:
+    """Refuse to continue a run on other material than it began with: the recipe names files, not what is in them.
+
+    Args:
+        now: hashes by name.
+
+    Raises:
+        ValueError: names what changed.
+    """
+    file = out / "logs/material.json"
+    before = json.loads(file.read_text()) if file.is_file() else now
+    changed = [name for name in now if now[name] != before[name]]
+    if changed:
+        raise ValueError(
+            f"{out} holds a run that began with other {' and '.join(changed)}; restore what it had, or choose another "
+            "output_dir"
+        )
+    write_json(file, now)
+
+
+def check_setup(recipe: Recipe, accelerator: Accelerator) -> None:
+    """Refuse packages that are not installed, and what a way of spreading the run over processes cannot do.
+
+    Raises:
+        ValueError: names the recipe key to change, or the other way.
+    """
+    train = recipe.train
+    if "wandb" in train.trackers and importlib.util.find_spec("wandb") is None:
+        raise ValueError(
+            "train.trackers has wandb, which is not installed; `pip install 'asymflow-ft[track]'`, "
+            "or train.trackers=[tensorboard]"
+        )
+    eight_bit = [key for key, value in (("optimizer", train.optimizer), ("base_weights", train.base_weights))
+                 if value in ("adamw8bit", "nf4", "int8")]  # fmt: skip
+    if eight_bit and importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(
+            f"train.{eight_bit[0]} needs bitsandbytes, which is not installed (macOS has none); "
+            "use train.optimizer=adamw train.base_weights=full"
+        )
+    layout = accelerator.distributed_type
+    if layout == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise ValueError("FSDP version 1 is not supported; launch with recipes/accelerate/fsdp2.yaml")
+    if layout not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.FSDP):
+        raise ValueError(
+            f"the launch configuration asks for {layout.value}, whose split optimizer state our checkpoints would "
+            "lose; use recipes/accelerate/8_gpus.yaml (DDP) or fsdp2.yaml"
+        )
+    if layout == DistributedType.FSDP:
+        for key, value, good in (
+            ("train.base_weights", train.base_weights, "full"),
+            ("train.optimizer", train.optimizer, "adamw"),
+            ("train.ema_device", train.ema_device, "same"),
+        ):
+            if value != good:
+                raise ValueError(
+                    f"{key} is {value}, which sharded weights (FSDP) cannot have; set {key}={good}, "
+                    "or launch with recipes/accelerate/8_gpus.yaml, where every GPU holds the whole model"
+                )
+
+
+def start_trackers(accelerator: Accelerator, recipe: Recipe) -> None:
+    """Open TensorBoard and W&B runs named after the output folder, with the recipe as their configuration."""
+    values = flat(recipe)
+    config = {
+        key: value if isinstance(value, bool | int | float | str) else str(value) for key, value in values.items()
+    }
+    accelerator.init_trackers("asymflow-ft", config, {"wandb": {"name": Path(recipe.output_dir).name}})
 
 
 def finished_steps(out: Path) -> int:
@@ -55,19 +166,35 @@ def finished_steps(out: Path) -> int:
     return json.loads(file.read_text())["run"]["steps"] if file.is_file() else 0
 
 
+def write_status(out: Path, state: str, step: int, images_per_step: int) -> None:
+    """output_dir/status.json, for scripts: launchers hide a process's exit code. state: running, stopped (asked to,
+    with a checkpoint) or finished; a run that crashed still says running."""
+    write_json(out / "status.json", {"state": state, "step": step, "images_per_step": images_per_step})
+
+
+def read_status(out: Path) -> dict[str, Any] | None:
+    """What `write_status` wrote last."""
+    file = out / "status.json"
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+class Stopped(Exception):
+    """The run was asked to stop and has saved a checkpoint."""
+
+
 class StopSignal:
-    """Ctrl-C and SIGTERM end the step in hand, so that the checkpoint is of a whole step; a second Ctrl-C ends now."""
+    """Between construction and `release`, Ctrl-C and SIGTERM end the step in hand, so that the checkpoint is of a
+    whole step; a second Ctrl-C ends the run now."""
 
     def __init__(self) -> None:
         self.seen = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._note)
+        self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def _note(self, number: int, frame: object) -> None:
-        if self.seen:
+        if self.seen and number == signal.SIGINT:  # launchers send SIGTERM twice
             raise KeyboardInterrupt
         self.seen = True
-        tqdm.write("stopping after this step; once more to stop at once", file=sys.stderr)
+        tqdm.write("stopping after this step; Ctrl-C once more stops at once", file=sys.stderr)
 
     def asked(self, accelerator: Accelerator) -> bool:
         """Whether any process was asked to stop."""
@@ -75,9 +202,87 @@ class StopSignal:
             return self.seen
         return bool(accelerator.reduce(torch.tensor(float(self.seen), device=accelerator.device)).item())
 
+    def release(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
-def cut_log(file: Path, step: int) -> None:
-    """Drop the lines of steps that an interrupted run made after its last checkpoint."""
-    if file.is_file():
-        lines = [line for line in file.read_text().splitlines() if json.loads(line)["step"] <= step]
-        file.write_text("".join(line + "\n" for line in lines))
+
+class Log:
+    """The run's figures: a line per step in logs/train.jsonl, and the trackers. Lines that an interrupted run made
+    after its last checkpoint are dropped.
+
+    Args:
+        step: optimizer step that the run continues from.
+    """
+
+    def __init__(self, out: Path, step: int, accelerator: Accelerator):
+        self.accelerator, self.file = accelerator, out / "logs/train.jsonl"
+        self.figures: dict[str, float | None] = {}
+        self.started, self.first, self.bad_in_a_row = time.monotonic(), step, 0
+        self.skipped = 0
+        if accelerator.is_main_process:
+            lines = read_lines(self.file)
+            kept = [line for line in lines if line["step"] <= step]
+            self.skipped = sum(line["grad_norm"] is None for line in kept)
+            part = self.file.with_suffix(".part")
+            part.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            part.replace(self.file)
+
+    def step(
+        self, step: int, figures: dict[str, float], norm: float, optimizer: torch.optim.Optimizer, names: list[str],
+        limit: int,
+    ) -> None:  # fmt: skip
+        """Take in a finished step; with a gradient that is not finite it was skipped.
+
+        Args:
+            names: images of this process's batch. limit: skipped steps in a row that end the run.
+
+        Raises:
+            ValueError: too many in a row; names the images.
+        """
+        rates = {f"lr/{i}": group["lr"] for i, group in enumerate(optimizer.param_groups)}
+        values = figures | {"grad_norm": norm} | rates
+        self.figures = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        if self.accelerator.is_main_process:
+            with open(self.file, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **self.figures}) + "\n")
+        if math.isfinite(norm):
+            self.bad_in_a_row = 0
+        else:
+            self.skipped += 1
+            self.bad_in_a_row += 1
+        if self.bad_in_a_row >= limit:
+            raise ValueError(
+                f"the loss or its gradient was not finite in {limit} steps in a row, the last one step {step}, and "
+                f"changed nothing. Lower train.lr in another output_dir, or look at the images of that step: "
+                f"{', '.join(gather_object(names))}"
+            )
+        tracked = {name: value for name, value in self.figures.items() if value is not None}
+        device = self.accelerator.device
+        speed = (step - self.first) / (time.monotonic() - self.started)
+        more = {"steps_per_second": speed, "peak_memory_gb": peak_memory_gb(device), "skipped_steps": self.skipped}
+        self.accelerator.log(tracked | more, step=step)
+
+    def postfix(self) -> dict[str, str]:
+        """For the progress bar."""
+        loss, memory = self.figures["loss"], peak_memory_gb(self.accelerator.device)
+        shown = {"loss": "skipped" if loss is None else f"{loss:.3f}", "mem": f"{memory:.1f}GB"}
+        return shown | ({"skipped": str(self.skipped)} if self.skipped else {})
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """A log's lines; one that a full disk or a kill cut short is left out."""
+    lines = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return lines
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Most memory this process has held: on the GPU if it runs there, else its resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

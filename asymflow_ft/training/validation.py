@@ -1,23 +1,34 @@
-"""Pictures and figures that say whether the model got better: fixed prompts, fixed noise, held-out images."""
+"""Pictures and figures that say whether the model got better: fixed prompts, fixed noise, held-out images.
 
-import resource
+Everything is drawn by the network that is being trained, as many pictures at a time as it trains on, so validation
+stays within the memory of training. Processes share the work and take part in the same number of network calls, which
+sharded training needs.
+"""
+
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 
+import numpy as np
 import torch
+from accelerate import Accelerator
+from diffusers import DiffusionPipeline
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from asymflow_ft.components.color import PixelCodec
-from asymflow_ft.components.subspace import Cond, PixelModel
-from asymflow_ft.data.prepare import PreparedData, collate, fit_image
+from asymflow_ft.components.subspace import Cond, PixelModel, PixelSubspace
+from asymflow_ft.data.prepare import PreparedData
 from asymflow_ft.evaluation.pictures import sheet
-from asymflow_ft.evaluation.retrieval import retrieval_rank, sharpness, thumbnails
-from asymflow_ft.method.patches import to_tokens
+from asymflow_ft.evaluation.retrieval import picture_error, retrieval_rank, sharpness, thumbnails
+from asymflow_ft.method.patches import to_image, to_tokens
+from asymflow_ft.recipe import Recipe
+from asymflow_ft.training.stages import Prepared
 
 HELD_OUT_SIGMAS = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95)
 RETRIEVAL_DEPTH = 5
+Draw = Callable[[int, int], Sequence[Image.Image]]  # pictures of the prompts [start, stop)
 
 
 def prompt_noise(count: int, size: tuple[int, int], seed: int) -> Tensor:
@@ -26,43 +37,136 @@ def prompt_noise(count: int, size: tuple[int, int], seed: int) -> Tensor:
     return torch.stack([torch.randn(3, *size, generator=generator) for generator in generators])
 
 
-def draw_or_load(
-    folder: Path, count: int, draw: Callable[[int, int], Sequence[Image.Image]], batch: int, desc: str
-) -> list[Image.Image]:
-    """`count` pictures from `folder`; those not there yet are drawn, `batch` at a time, and saved as 000.png ..."""
-    files = [folder / f"{i:03d}.png" for i in range(count)]
-    folder.mkdir(parents=True, exist_ok=True)
-    starts = [i for i in range(0, count, batch) if not all(file.is_file() for file in files[i : i + batch])]
-    for start in tqdm(starts, desc=desc, leave=False):
-        for file, picture in zip(files[start:], draw(start, min(start + batch, count)), strict=False):
-            picture.save(file.with_suffix(".part"), format="png")
-            file.with_suffix(".part").replace(file)
-    pictures = []
-    for file in files:
-        with Image.open(file) as stored:
-            pictures.append(stored.convert("RGB"))
-    return pictures
+def share(items: Sequence[int], accelerator: Accelerator) -> list[int]:
+    """This process's part of `items`; the same number for every process, so the last item may come twice."""
+    padded = [*items, *[items[-1]] * (-len(items) % accelerator.num_processes)] if items else []
+    return padded[accelerator.process_index :: accelerator.num_processes]
 
 
-@torch.no_grad()
-def held_out_errors(
-    model: PixelModel, codec: PixelCodec, data: PreparedData, device: torch.device, seed: int
-) -> dict[str, float]:
-    """Mean squared error of the clean estimate in pixel space, per noise level, on held-out images; {} without any."""
-    patch = model.subspace.config["patch"]
-    errors = {}
-    for sigma in HELD_OUT_SIGMAS if len(data) else ():
-        total = 0.0
-        for i in range(len(data)):
-            batch = collate([data[i]])
-            x0 = to_tokens(codec.encode(batch.rgb.to(device)), patch)
-            eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed + i)).to(x0)
-            level = torch.full((1, 1, 1), sigma, device=device)
+class Validation:
+    """A run's fixed prompts with their noise, and what was drawn and measured so far.
+
+    Raises:
+        ValueError: sample.judge asks for retrieval, and a prompt is not the caption of any image.
+    """
+
+    def __init__(
+        self, recipe: Recipe, data: Prepared, subspace: PixelSubspace, codec: PixelCodec, accelerator: Accelerator
+    ):
+        self.recipe, self.data, self.subspace, self.codec = recipe, data, subspace, codec
+        self.accelerator, self.out = accelerator, Path(recipe.output_dir)
+        self.prompts = data.prompts[: max(recipe.sample.count, recipe.sample.judge)]
+        self.size = (recipe.data.resolution, recipe.data.resolution)
+        self.noise = prompt_noise(len(self.prompts), self.size, recipe.seed)
+        self.embeds = torch.stack([data.encoded.embeds(p) for p in self.prompts]).to(accelerator.device)
+        self.empty = data.encoded.embeds("").to(accelerator.device)
+        self.rows: dict[str, list[Image.Image]] = {}
+        self.metrics: dict[str, dict] = {}
+        self.judge = None
+        if recipe.sample.judge:
+            self.judge = Judge([data.train, data.held_out], self.prompts[: recipe.sample.judge])
+            self.rows["real"] = self.judge.real()
+            self.metrics["real"] = {"sharpness": sharpness(self.rows["real"])}
+
+    def base_drawer(self, family: ModuleType, parts: DiffusionPipeline) -> Draw:
+        """The latent base by its own pipeline, from the projection of the same noise."""
+        patch, sample = self.subspace.config["patch"], self.recipe.sample
+        grid = (self.size[0] // patch, self.size[1] // patch)
+        parts.set_progress_bar_config(disable=True)
+
+        def draw(start: int, stop: int) -> Sequence[Image.Image]:
+            tokens = to_tokens(self.noise[start:stop], patch).to(self.accelerator.device)
+            noise = to_image(tokens @ self.subspace.float32()[0], grid, 1)
+            embeds = self.embeds[start:stop]
+            return family.draw_base(parts, noise, embeds, self.empty, self.size, sample.steps, sample.guidance)
+
+        return draw
+
+    def pixel_drawer(self, pipeline: DiffusionPipeline, network: nn.Module) -> Draw:
+        """The pixel model as it stands."""
+        sample = self.recipe.sample
+        pipeline.set_progress_bar_config(disable=True)
+
+        def draw(start: int, stop: int) -> Sequence[Image.Image]:
+            network.eval()
+            images = pipeline(
+                prompt_embeds=self.embeds[start:stop], negative_prompt_embeds=self.empty.expand(stop - start, -1, -1),
+                latents=self.noise[start:stop], height=self.size[0], width=self.size[1],
+                num_inference_steps=sample.steps, guidance_scale=sample.guidance, clamp=sample.clamp,
+                orthogonal_guidance=sample.orthogonal,
+            ).images  # fmt: skip
+            network.train()
+            return images
+
+        return draw
+
+    def draw(self, what: str, folder: str, draw: Draw, count: int | None = None) -> list[Image.Image]:
+        """The pictures of all prompts, or of the first `count`, in samples/`folder`; those not there yet are drawn."""
+        where = self.out / "samples" / folder
+        total = len(self.prompts) if count is None else min(count, len(self.prompts))
+        files = [where / f"{i:03d}.png" for i in range(total)]
+        where.mkdir(parents=True, exist_ok=True)
+        batch = self.recipe.train.batch_size
+        missing = [i for i in range(0, total, batch) if not all(f.is_file() for f in files[i : i + batch])]
+        self.accelerator.wait_for_everyone()  # all have seen the same files before the first is written
+        hidden = not self.accelerator.is_main_process
+        for start in tqdm(share(missing, self.accelerator), desc=what, leave=False, disable=hidden, mininterval=1):
+            stop = min(start + batch, total)
+            for file, picture in zip(files[start:stop], draw(start, stop), strict=True):
+                part = file.with_suffix(f".part{self.accelerator.process_index}")
+                picture.save(part, format="png")
+                part.replace(file)
+        self.accelerator.wait_for_everyone()
+        pictures = []
+        for file in files:
+            with Image.open(file) as stored:
+                pictures.append(stored.convert("RGB"))
+        return pictures
+
+    def keep(self, name: str, label: str, pictures: list[Image.Image]) -> None:
+        """Measure them under `name`, and make them the row `label` of the grids to come."""
+        self.rows[label] = pictures
+        judged = pictures[: self.recipe.sample.judge]
+        self.metrics[name] = {"sharpness": sharpness(pictures)} if self.judge is None else self.judge.measure(judged)
+
+    def save_grid(self, step: int, more: dict[str, list[Image.Image]] = {}) -> None:  # noqa: B006 never changed
+        """samples/step-000123.png: a row per model (those kept, then `more`), a column per prompt."""
+        if not self.accelerator.is_main_process:
+            return
+        count = self.recipe.sample.count
+        rows = {name: row[:count] for name, row in {**self.rows, **more}.items()}
+        page = sheet(rows, self.prompts[:count])
+        page.save(self.out / "samples" / f"step-{step:06d}.png")
+        for tracker in self.accelerator.trackers:
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({"samples": np.asarray(page)[None]}, step=step, **layout)
+
+    @torch.no_grad()
+    def held_out_errors(self, model: PixelModel) -> dict[str, float]:
+        """Mean squared error of the clean estimate in pixel space, per noise level, on held-out images; {} without
+        any."""
+        data, device = self.data.held_out, self.accelerator.device
+        if not len(data):
+            return {}
+        patch = self.subspace.config["patch"]
+        own = share(range(len(data)), self.accelerator)
+        sums = torch.zeros(len(HELD_OUT_SIGMAS) + 1, dtype=torch.float64)
+        hidden = not self.accelerator.is_main_process
+        for turn, i in enumerate(tqdm(own, desc="held-out error", leave=False, disable=hidden, mininterval=1)):
+            batch = data.first(i)
+            x0 = to_tokens(self.codec.encode(batch.rgb.to(device)), patch)
+            eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(self.recipe.seed + i)).to(x0)
             grid = (batch.rgb.shape[-2] // patch, batch.rgb.shape[-1] // patch)
-            x0_hat = model.clean(torch.lerp(x0, eps, level), level, Cond(batch.embeds.to(device)), grid)
-            total += (x0_hat - x0).square().mean().item()
-        errors[str(sigma)] = total / len(data)
-    return errors
+            cond = Cond(batch.embeds.to(device), model.guidance)
+            counts = turn * self.accelerator.num_processes + self.accelerator.process_index < len(data)
+            for j, sigma in enumerate(HELD_OUT_SIGMAS):
+                level = torch.full((1, 1, 1), sigma, device=device)
+                x0_hat = model.clean(torch.lerp(x0, eps, level), level, cond, grid)
+                sums[j] += counts * (x0_hat - x0).square().mean().item()
+            sums[-1] += counts
+        if self.accelerator.num_processes > 1:  # not every device knows float64
+            sums = self.accelerator.reduce(sums.to(device)).cpu()
+        return {str(sigma): (sums[j] / sums[-1]).item() for j, sigma in enumerate(HELD_OUT_SIGMAS)}
 
 
 class Judge:
@@ -73,11 +177,17 @@ class Judge:
     """
 
     def __init__(self, data: Sequence[PreparedData], prompts: Sequence[str]):
-        self.gallery, captions = [], []
+        self.places: list[tuple[PreparedData, int]] = []
+        captions: list[str] = []
+        small: list[Tensor] = []
+        seen: set[str] = set()  # one image may stand there at several sizes and under several names
         for part in data:
-            for entry in part.entries:
-                self.gallery.append(fit_image(part.source.image(entry.row)[0], entry.size))
-                captions.append(part.source.caption(entry.row))
+            for i, entry in enumerate(tqdm(part.entries, desc="gallery", leave=False, disable=None, mininterval=1)):
+                if entry.digest not in seen:
+                    seen.add(entry.digest)
+                    self.places.append((part, i))
+                    captions.append(part.images.captions(entry.row)[0])
+                    small.append(thumbnails([part.picture(i)])[0])
         unknown = [prompt for prompt in prompts if prompt not in captions]
         if unknown:
             raise ValueError(
@@ -85,39 +195,31 @@ class Judge:
                 f"data, such as {unknown[0]!r}; use captions as prompts, or set sample.judge=0"
             )
         self.targets = [captions.index(prompt) for prompt in prompts]
-        self.thumbnails = thumbnails(self.gallery)
+        self.thumbnails = torch.stack(small)
 
     def real(self) -> list[Image.Image]:
         """The picture that belongs to each prompt."""
-        return [self.gallery[target] for target in self.targets]
+        return [part.picture(i) for part, i in (self.places[target] for target in self.targets)]
 
     def measure(self, pictures: Sequence[Image.Image]) -> dict[str, float]:
-        """Retrieval@5 and sharpness of one drawn picture per prompt."""
+        """Retrieval@5, picture error and sharpness of one drawn picture per prompt."""
         ranks = retrieval_rank(pictures, self.thumbnails, self.targets)
-        share = (ranks < RETRIEVAL_DEPTH).float().mean().item()
-        return {f"retrieval_at_{RETRIEVAL_DEPTH}": share, "sharpness": sharpness(pictures)}
-
-
-def peak_memory_gb(device: torch.device) -> float:
-    """Most memory this process has held: on the GPU if it runs there, else its resident set."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def save_grid(out: Path, pictures: dict[str, list], prompts: list[str], count: int, step: int) -> None:
-    """samples/step-000123.png: a row per model, a column per prompt."""
-    rows = {name: row[:count] for name, row in pictures.items()}
-    sheet(rows, prompts[:count]).save(out / "samples" / f"step-{step:06d}.png")
+        return {
+            f"retrieval_at_{RETRIEVAL_DEPTH}": (ranks < RETRIEVAL_DEPTH).float().mean().item(),
+            "picture_error": picture_error(pictures, self.thumbnails, self.targets),
+            "sharpness": sharpness(pictures),
+        }
 
 
 def summary(metrics: dict[str, dict], out: Path) -> str:
     """metrics.json as a small table."""
-    lines = [f"{'':14}{'retrieval@5':>12}{'sharpness':>12}"]
+    columns = {"retrieval_at_5": "retrieval@5", "picture_error": "picture error", "sharpness": "sharpness"}
+    columns = {key: title for key, title in columns.items() if key in metrics["latent base"]}
+    lines = [f"{'':14}" + "".join(f"{title:>15}" for title in columns.values())]
     for name in ("real", "latent base", "step 0", "finetuned"):
-        if name in metrics:
-            share = metrics[name].get("retrieval_at_5")
-            lines.append(f"{name:14}{'' if share is None else f'{share:.0%}':>12}{metrics[name]['sharpness']:>12.2f}")
+        values = [metrics.get(name, {}).get(key) for key in columns]
+        if any(value is not None for value in values):
+            lines.append(f"{name:14}" + "".join(f"{'' if v is None else format(v, '.2f'):>15}" for v in values))
     held = metrics["held_out_error"]
     lines += [
         f"held-out error at sigma {s}: {held['step 0'][s]:.4f} -> {held['finetuned'][s]:.4f}" for s in held["step 0"]

@@ -1,0 +1,97 @@
+"""One micro-batch's loss: noise it, predict, compare with the variance-reduced target (docs/method.md)."""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from asymflow_ft.components.color import PixelCodec
+from asymflow_ft.components.subspace import Cond, PixelModel
+from asymflow_ft.data.prepare import Batch
+from asymflow_ft.method import asymflow
+from asymflow_ft.method import loss as losses
+from asymflow_ft.method.noise import logit_normal_sigmas
+from asymflow_ft.method.patches import to_image, to_tokens
+from asymflow_ft.recipe import Recipe
+from asymflow_ft.training.perceptual import PerceptualMap
+from asymflow_ft.training.trainable import Reference
+
+SIGMA_BINS = (0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 1.0)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Weighted loss terms and the mean of lambda per sample, (B,) each, with the samples' noise levels (B,)."""
+
+    mse: Tensor
+    perceptual: Tensor
+    coefficient: Tensor
+    sigma: Tensor
+
+    def loss(self) -> Tensor:
+        """What is minimised, ()."""
+        return (self.mse + self.perceptual).mean()
+
+    def rows(self) -> Tensor:
+        """(B, 4) without gradient, for the log: the fields in order."""
+        return torch.stack([self.mse, self.perceptual, self.coefficient, self.sigma], dim=1).detach()
+
+
+def draw_noise(serials: list[int], tokens: int, dim: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Standard normal draws of each sample, a function of the seed and its serial number alone.
+
+    Returns:
+        level (B, 1, 1), from which the noise level is made, and eps (B, tokens, dim); float32 on the CPU.
+    """
+    levels, noises = [], []
+    for serial in serials:
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + serial) % 2**63)
+        levels.append(torch.randn(1, 1, generator=generator))
+        noises.append(torch.randn(tokens, dim, generator=generator))
+    return torch.stack(levels), torch.stack(noises)
+
+
+def training_terms(
+    recipe: Recipe, model: PixelModel, reference: Reference, codec: PixelCodec, perceptual: PerceptualMap | None,
+    batch: Batch, shift: float, device: torch.device,
+) -> Terms:  # fmt: skip
+    """The terms of the loss on one micro-batch.
+
+    Args:
+        shift: timestep shift of the noise levels.
+    """
+    patch = model.subspace.config["patch"]
+    rgb, z0, cond = batch.rgb.to(device), batch.z0.to(device), Cond(batch.embeds.to(device), model.guidance)
+    grid = (rgb.shape[-2] // patch, rgb.shape[-1] // patch)
+    x0 = to_tokens(codec.encode(rgb), patch)
+    level, eps = (draw.to(device) for draw in draw_noise(batch.serials, *x0.shape[1:], recipe.seed))
+    sigma = logit_normal_sigmas(level, shift, recipe.noise.mean, recipe.noise.std)
+
+    x_t = torch.lerp(x0, eps, sigma)
+    x_low = asymflow.lift(z0, *model.subspace.float32())
+    x_low_hat = reference(z0, eps, sigma, cond, grid)
+    x0_hat = model.clean(x_t, sigma, cond, grid)
+    target = losses.variance_reduced_target(x0, x0_hat, x_low, x_low_hat, sigma, recipe.loss.kappa)
+    mse = recipe.loss.mse * losses.velocity_mse(x0_hat, target.image, sigma, recipe.loss.sigma_floor)
+    distance = torch.zeros_like(mse)
+    if perceptual is not None:
+        weight = losses.perceptual_weight(target, sigma, recipe.loss.sigma_floor)
+        per_pixel = to_image(weight.expand(-1, -1, patch**2), grid, patch)
+        between = perceptual(codec.decode(to_image(x0_hat, grid, patch)), rgb)
+        distance = recipe.loss.perceptual_weight * (between * per_pixel).mean((1, 2, 3))
+    return Terms(mse, distance, target.coefficient.mean((1, 2)), sigma.flatten())
+
+
+def summarise(rows: Tensor) -> dict[str, float]:
+    """Means of `Terms.rows()` over all samples of a step (N, 4), and the loss per bin of noise levels that has any."""
+    mse, perceptual, coefficient, sigma = rows.double().cpu().unbind(1)
+    loss = mse + perceptual
+    shown = {"loss": loss.mean().item(), "mse": mse.mean().item(), "lambda": coefficient.mean().item()}
+    if perceptual.any():
+        shown["perceptual"] = perceptual.mean().item()
+    for low, high in pairwise(SIGMA_BINS):
+        inside = (sigma > low) & (sigma <= high)
+        if inside.any():
+            shown[f"loss_sigma/{low:.2f}-{high:.2f}"] = loss[inside].mean().item()
+    return shown
