@@ -126,14 +126,14 @@ def pixels_of(codec: PixelCodec) -> dict[str, object]:
 
 
 def check_aligned_for(folder: str | Path, codec: PixelCodec) -> None:
-    """Compare a recipe's pixel space with the one that a subspace was fitted in, where its report.json tells.
+    """Compare a recipe's pixel space with the one that a subspace was fitted in, where a report.json beside it tells.
 
     Raises:
         ValueError: they differ.
     """
     file = Path(folder) / "report.json"
-    fitted = json.loads(file.read_text())["pixels"] if file.is_file() else pixels_of(codec)
-    if fitted != pixels_of(codec):
+    fitted = json.loads(file.read_text()).get("pixels") if file.is_file() else None
+    if fitted not in (None, pixels_of(codec)):
         raise ValueError(
             f"the subspace {folder} was aligned with pixels {fitted}, and the recipe has {pixels_of(codec)}; "
             "align again into another align.path, or use the recipe keys that it was aligned with"

@@ -91,17 +91,17 @@ def main(arguments: list[str] | None = None) -> int:
             finetune(recipe)
     except (ValueError, OSError) as error:
         if process_state().is_main_process:
-            print(f"error: {error}", file=sys.stderr)
+            tqdm.write(f"error: {error}", file=sys.stderr)
         return 1
     except torch.OutOfMemoryError as error:
-        print(f"error: {out_of_memory(recipe, error)}", file=sys.stderr)
+        tqdm.write(f"error: {out_of_memory(recipe, error)}", file=sys.stderr)
         return 1
     except Stopped as stopped:
         if process_state().is_main_process:
-            print(f"stopped: {stopped}; the same command continues", file=sys.stderr)
+            tqdm.write(f"stopped: {stopped}; the same command continues", file=sys.stderr)
         return STOPPED
     except KeyboardInterrupt:
-        print("interrupted; the same command continues from the newest checkpoint", file=sys.stderr)
+        tqdm.write("interrupted; the same command continues from the newest checkpoint", file=sys.stderr)
         return 130
     return 0
 

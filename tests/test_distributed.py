@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import bitsandbytes
 import pytest
 import torch
 from accelerate import Accelerator
@@ -68,7 +69,6 @@ def test_a_single_run_continues_bit_for_bit(alone):
 
 @pytest.mark.parametrize("bits", [8, 32])
 def test_optimizer_state_survives_a_file_bit_for_bit(tmp_path, bits):
-    bitsandbytes = pytest.importorskip("bitsandbytes")
     kind = bitsandbytes.optim.AdamW8bit if bits == 8 else torch.optim.AdamW
 
     def start():
