@@ -67,10 +67,14 @@ def align(
     resolution: int = 1024,
     revision: str | None = None,
     seed: int = 0,
+    sample: bool = False,
 ) -> Report:
     """Stream images through the base's VAE, fit basis and scale, and write `out`: the subspace, report.json and .png.
 
     Under `accelerate launch` each process takes its share of the images and the sums are added.
+
+    Args:
+        sample: fit to samples of the VAE's posterior, as the paper does, not to its mode (recipe key data.latents).
 
     Raises:
         ValueError: the base cannot be read, no image can, or the latents do not determine the basis.
@@ -91,7 +95,8 @@ def align(
             unreadable.append(str(error))
             continue
         rgb = rgb_tensor(fit_image(image, bucket_size(*image.size, resolution, patch)))[None]
-        z = family.encode_latents(vae, rgb).cpu()
+        generator = torch.Generator().manual_seed(seed + row) if sample else None
+        z = family.encode_latents(vae, rgb, generator).cpu()
         grams.update(z, to_tokens(codec.encode(rgb), patch))
         if len(examples) < EXAMPLES:
             examples.append((rgb, z))

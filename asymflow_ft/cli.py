@@ -55,97 +55,115 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    one = commands.add_parser(
+    command = commands.add_parser(
         "align", help="fit the pixel subspace of a base from images",
         description="Fit basis and scale from images and their VAE latents (orthogonal Procrustes). Writes the "
         "subspace, report.json and report.png. Under `accelerate launch -m asymflow_ft.cli align ...` processes share "
         "the images.",
     )  # fmt: skip
-    one.set_defaults(run=run_align)
-    one.add_argument("--recipe", help="take base, data, out and pixel space from a recipe; other options override it")
-    one.add_argument("--base", help="Hub id or folder of a diffusers pipeline")
-    one.add_argument("--revision", help="revision of the base on the Hub")
-    one.add_argument("--data", help="a source as in docs/data.md, such as an image folder; captions are not needed")
-    one.add_argument("--image-column", help="column of a dataset that holds the images (default: image)")
-    one.add_argument("--out", type=Path, help="folder for the subspace and its report")
-    one.add_argument("--num-images", type=int, help="images to use, drawn at random (default: 1000)")
-    one.add_argument(
+    command.set_defaults(run=run_align)
+    command.add_argument(
+        "--recipe", help="take base, data, out and pixel space from a recipe; other options override it"
+    )
+    command.add_argument("--base", help="Hub id or folder of a diffusers pipeline")
+    command.add_argument("--revision", help="revision of the base on the Hub")
+    command.add_argument(
+        "--data", help="a source as in docs/data.md, such as an image folder; captions are not needed"
+    )
+    command.add_argument("--image-column", help="column of a dataset that holds the images (default: image)")
+    command.add_argument("--out", type=Path, help="folder for the subspace and its report")
+    command.add_argument("--num-images", type=int, help="images to use, drawn at random (default: 1000)")
+    command.add_argument(
         "--resolution", type=int, help="images are resized to about this many pixels squared (default: 1024)"
     )
-    one.add_argument("--seed", type=int, help="choice of the images (default: 0)")
+    command.add_argument(
+        "--seed", type=int, help="choice of the images, and of posterior samples (data.latents: sample) (default: 0)"
+    )
 
-    two = commands.add_parser(
+    command = commands.add_parser(
         "finetune", help="finetune a base into a pixel model",
         description="Finetune in one process, on a GPU or a CPU; for several GPUs use `accelerate launch "
         "asymflow_ft/finetune.py RECIPE` (docs/training.md). The same command continues an interrupted run. Ctrl-C "
         "and SIGTERM save a checkpoint and exit with 75.",
     )  # fmt: skip
-    two.set_defaults(run=run_finetune)
-    two.add_argument("recipe", help="a YAML file; docs/recipes.md lists its keys")
-    two.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a recipe value")
-    two.add_argument("--dry-run", action="store_true", help="validate, print memory, disk, time, download, and stop")
-    two.add_argument("--card", type=float, metavar="GB", help="memory to fit, for --dry-run (default: this GPU's)")
-    two.add_argument("--tflops", type=float, help="sustained TFLOP/s per GPU, for --dry-run (default: two examples)")
+    command.set_defaults(run=run_finetune)
+    command.add_argument("recipe", help="a YAML file; docs/recipes.md lists its keys")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a recipe value")
+    command.add_argument(
+        "--dry-run", action="store_true", help="validate, print memory, disk, time, download, and stop"
+    )
+    command.add_argument("--card", type=float, metavar="GB", help="memory to fit, for --dry-run (default: this GPU's)")
+    command.add_argument(
+        "--tflops", type=float, help="sustained TFLOP/s per GPU, for --dry-run (default: two examples)"
+    )
 
-    cache = commands.add_parser(
+    command = commands.add_parser(
         "cache", help="encode a recipe's images and captions before training",
         description="Look at every image, then compute latents and text embeddings into the recipe's cache folder. "
         "Finetuning does the same at its start; run it beforehand to see what it costs, on another machine, or under "
         "`accelerate launch -m asymflow_ft.cli cache ...` on several GPUs. Killed, it goes on where it stopped.",
     )  # fmt: skip
-    cache.set_defaults(run=run_cache)
-    cache.add_argument("--recipe", required=True, help="the recipe that will be trained")
-    cache.add_argument(
+    command.set_defaults(run=run_cache)
+    command.add_argument("--recipe", required=True, help="the recipe that will be trained")
+    command.add_argument(
         "overrides", nargs="*", metavar="key=value", help="replaces a recipe value; give the same to finetune"
     )
-    cache.add_argument(
+    command.add_argument(
         "--verify", action="store_true", help="also check every shard and image, and encode a sample of them anew"
     )
 
-    three = commands.add_parser(
+    command = commands.add_parser(
         "sample", help="draw pictures with a converted pipeline",
         description="Draw a picture per prompt, OUT/00000.png and so on after the seed; files are never overwritten.",
     )  # fmt: skip
-    three.set_defaults(run=run_sample)
-    three.add_argument("--pipeline", required=True, help="pipeline folder or Hub id")
-    three.add_argument("--prompt", action="append", default=[], help="may be given several times")
-    three.add_argument("--prompts", help="text file with one prompt a line")
-    three.add_argument(
+    command.set_defaults(run=run_sample)
+    command.add_argument("--pipeline", required=True, help="pipeline folder or Hub id")
+    command.add_argument("--prompt", action="append", default=[], help="may be given several times")
+    command.add_argument("--prompts", help="text file with one prompt a line")
+    command.add_argument(
         "--negative", default=NEGATIVE_PROMPT, help='negative prompt; "" for none (default: %(default)s)'
     )
-    three.add_argument("--steps", type=int, default=38, help="solver steps (default: 38)")
-    three.add_argument(
+    command.add_argument("--steps", type=int, default=38, help="solver steps (default: 38)")
+    command.add_argument(
         "--guidance", type=float, help="guidance scale; 1 turns it off (default: 4, or 1 if the base is distilled)"
     )
-    three.add_argument("--shift", type=float, help="timestep shift (default: the pipeline's own for the size)")
-    three.add_argument("--height", type=int, help="pixels (default: the pipeline's own)")
-    three.add_argument("--width", type=int, help="pixels (default: the pipeline's own)")
-    three.add_argument("--seed", type=int, default=0, help="picture i of the run uses seed + i (default: 0)")
-    three.add_argument("--per-prompt", type=int, default=1, help="pictures per prompt (default: 1)")
-    three.add_argument("--out", type=Path, default=Path("samples"), help="folder for the pictures (default: samples)")
-    three.add_argument("--sheet", action="store_true", help="also write sheet.png with all pictures and prompts")
-    three.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16 on a GPU, float32 on a CPU")
+    command.add_argument("--shift", type=float, help="timestep shift (default: the pipeline's own for the size)")
+    command.add_argument("--height", type=int, help="pixels (default: the pipeline's own)")
+    command.add_argument("--width", type=int, help="pixels (default: the pipeline's own)")
+    command.add_argument("--seed", type=int, default=0, help="picture i of the run uses seed + i (default: 0)")
+    command.add_argument("--per-prompt", type=int, default=1, help="pictures per prompt (default: 1)")
+    command.add_argument(
+        "--out", type=Path, default=Path("samples"), help="folder for the pictures (default: samples)"
+    )
+    command.add_argument("--sheet", action="store_true", help="also write sheet.png with all pictures and prompts")
+    command.add_argument(
+        "--dtype", choices=("bfloat16", "float32"), help="default: bfloat16 on a GPU, float32 on a CPU"
+    )
 
-    four = commands.add_parser(
+    command = commands.add_parser(
         "synthesize", help="draw a training set with the latent base itself",
         description="Draw pictures of a base with their exact latents and captions. The same command continues after "
         "an interruption, a larger --num adds pictures. Under `accelerate launch -m asymflow_ft.cli synthesize ...` "
         "processes share the work.",
     )  # fmt: skip
-    four.set_defaults(run=run_synthesize)
-    four.add_argument("--base", required=True, help="Hub id or folder of a diffusers pipeline")
-    four.add_argument("--revision", help="revision of the base on the Hub")
-    four.add_argument("--prompts", required=True, help="text file with one prompt a line; taken in turn")
-    four.add_argument("--num", type=int, required=True, help="pictures in all, those already there included")
-    four.add_argument("--out", type=Path, required=True, help="folder for the set")
-    four.add_argument("--size", type=int, default=1024, help="about this many pixels squared (default: 1024)")
-    four.add_argument("--aspect", action="append", help="width:height, given several times for several (default: 1:1)")
-    four.add_argument("--steps", type=int, default=50, help="solver steps (default: 50)")
-    four.add_argument("--guidance", type=float, default=4.0, help="guidance scale (default: 4)")
-    four.add_argument("--seed", type=int, default=0, help="picture i uses seed + i (default: 0)")
-    four.add_argument("--max-length", type=int, default=512, help="text tokens, as text.max_length (default: 512)")
-    four.add_argument("--batch-size", type=int, default=4, help="pictures drawn together (default: 4)")
-    four.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16 on a GPU, float32 on a CPU")
+    command.set_defaults(run=run_synthesize)
+    command.add_argument("--base", required=True, help="Hub id or folder of a diffusers pipeline")
+    command.add_argument("--revision", help="revision of the base on the Hub")
+    command.add_argument("--prompts", required=True, help="text file with one prompt a line; taken in turn")
+    command.add_argument("--num", type=int, required=True, help="pictures in all, those already there included")
+    command.add_argument("--out", type=Path, required=True, help="folder for the set")
+    command.add_argument("--size", type=int, default=1024, help="about this many pixels squared (default: 1024)")
+    command.add_argument(
+        "--aspect", action="append", help="width:height, given several times for several (default: 1:1)"
+    )
+    command.add_argument("--steps", type=int, default=50, help="solver steps (default: 50)")
+    command.add_argument("--guidance", type=float, default=4.0, help="guidance scale (default: 4)")
+    command.add_argument("--seed", type=int, default=0, help="picture i uses seed + i (default: 0)")
+    command.add_argument("--max-length", type=int, default=512, help="text tokens, as text.max_length (default: 512)")
+    command.add_argument("--batch-size", type=int, default=4, help="pictures drawn together (default: 4)")
+    command.add_argument(
+        "--dtype", choices=("bfloat16", "float32"), help="default: bfloat16 on a GPU, float32 on a CPU"
+    )
     return parser
 
 
@@ -162,8 +180,11 @@ def run_align(args: argparse.Namespace) -> None:
     base, out = str(chosen["base"]), Path(chosen["out"])
     if (out / "config.json").exists():
         raise ValueError(f"{out} already holds a subspace; remove it or choose another --out")
-    resolution = args.resolution or (recipe.data.resolution if recipe else 1024)
-    num_images = args.num_images or (recipe.align.num_images if recipe else 1000)
+    resolution, num_images = args.resolution, args.num_images
+    if resolution is None:
+        resolution = recipe.data.resolution if recipe else 1024
+    if num_images is None:
+        num_images = recipe.align.num_images if recipe else 1000
     if min(resolution, num_images) < 1:
         raise ValueError(f"--resolution {resolution} and --num-images {num_images} must be positive")
     revision = args.revision or (recipe.revision if recipe else None)
@@ -177,7 +198,7 @@ def run_align(args: argparse.Namespace) -> None:
     codec = PixelCodec(recipe.pixels.space, recipe.pixels.mean, recipe.pixels.std) if recipe else PixelCodec()
     seed = args.seed if args.seed is not None else (recipe.seed if recipe else 0)
     family = family_of(base, revision)
-    report = align(base, family, source, codec, out, num_images, resolution, revision, seed)
+    report = align(base, family, source, codec, out, num_images, resolution, revision, seed, data.latents == "sample")
     if process_state().is_main_process:
         print(describe(report))
         print(f"subspace, report.json and report.png in {out}")

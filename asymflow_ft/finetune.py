@@ -333,7 +333,7 @@ def aligned(recipe: Recipe, family: ModuleType, images: Images, codec: PixelCode
     if recipe.align.mode == "auto" and not Path(recipe.align.path).exists():
         report = align(
             recipe.base, family, images, codec, Path(recipe.align.path), recipe.align.num_images,
-            recipe.data.resolution, recipe.revision, recipe.seed,
+            recipe.data.resolution, recipe.revision, recipe.seed, recipe.data.latents == "sample",
         )  # fmt: skip
         say(describe(report))
     check_aligned_for(recipe.align.path, codec)

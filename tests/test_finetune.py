@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -137,6 +138,27 @@ def add_image(data):
     Image.new("RGB", (128, 128), "red").save(data / "images/red.png")
     with open(data / "metadata.jsonl", "a") as file:
         file.write("\n" + json.dumps({"file_name": "images/red.png", "text": "red"}))
+
+
+def test_a_start_that_failed_leaves_the_folder_free(tmp_path, small_data, subspace, capsys):
+    out = tmp_path / "run"
+    assert run(out, small_data, subspace, "train.steps=1", "data.held_out=11", "train.batch_size=4") == 1
+    assert "leave none to train on" in capsys.readouterr().err and (out / "status.json").is_file()
+    assert run(out, small_data, subspace, "train.steps=1", "train.batch_size=2", "seed=5") == 0
+
+
+def test_align_takes_the_latents_that_training_takes(tmp_path, tiny_data, capsys):
+    recipe = yaml.safe_load((REPOSITORY / RECIPE).read_text())
+    bases = []
+    for i, latents in enumerate(("mode", "sample", "sample")):
+        recipe["data"] |= {"latents": latents, "limit": 8}
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        arguments = ["--recipe", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / str(i))]
+        assert cli.main(["align", *arguments]) == 0
+        bases.append(load_file(next((tmp_path / str(i)).glob("*.safetensors")))["basis"])
+    assert torch.equal(bases[1], bases[2]) and not torch.allclose(bases[0], bases[1], atol=1e-4)
+    assert cli.main(["align", *arguments[:2], "--out", str(tmp_path / "none"), "--num-images", "0"]) == 1
+    assert "--num-images 0 must be positive" in capsys.readouterr().err
 
 
 def test_accumulation_and_no_held_out_images(tmp_path, small_data, subspace):

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from asymflow_ft.components.color import rgb_tensor
 from asymflow_ft.data.buckets import Size, bucket_size, fit_image
-from asymflow_ft.data.decode import UnreadableImage, decode
+from asymflow_ft.data.decode import decode
 from asymflow_ft.data.scan import Picture
 from asymflow_ft.data.source import Images
 
@@ -112,7 +112,7 @@ class PreparedData(Dataset):
             captions = self.images.captions(entry.row)
             caption = captions[rng.integers(len(captions))]
             return self._batch(entry, "" if rng.random() < self.caption_dropout else caption, serial)
-        except (UnreadableImage, ValueError) as error:
+        except ValueError as error:  # an unreadable image among them
             return ValueError(str(error))
 
     def first(self, index: int) -> Batch:

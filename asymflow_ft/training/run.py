@@ -56,6 +56,11 @@ def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
     return result
 
 
+def begun(out: Path) -> bool:
+    """Whether a run has left more than its preparation in `out`, which another recipe would not belong to."""
+    return any((out / name).exists() for name in ("samples", "checkpoints"))
+
+
 def claim(out: Path, recipe: Recipe, images_per_step: int) -> None:
     """Make the run folder, or check that the run in it is this one; nothing there is overwritten.
 
@@ -65,7 +70,7 @@ def claim(out: Path, recipe: Recipe, images_per_step: int) -> None:
     """
     file = out / "recipe.yaml"
     status = read_status(out)
-    if status and status["images_per_step"] != images_per_step:
+    if status and begun(out) and status["images_per_step"] != images_per_step:
         raise ValueError(
             f"{out} holds a run of {status['images_per_step']} images per step, and this is one of {images_per_step} "
             "(train.batch_size x train.accumulation x processes); change one of them, or choose another output_dir"
@@ -73,7 +78,7 @@ def claim(out: Path, recipe: Recipe, images_per_step: int) -> None:
     if file.is_file():
         before, now = flat(load_recipe(file)), flat(recipe)
         changed = [key for key in now if now[key] != before.get(key) and key not in MAY_CHANGE]
-        if changed and any((out / name).exists() for name in ("samples", "checkpoints")):
+        if changed and begun(out):
             key = changed[0]
             raise ValueError(
                 f"{out} holds a run with {key}={before.get(key)!r}, and the recipe now says {now[key]!r}"
@@ -102,7 +107,7 @@ def check_same(out: Path, now: dict[str, str]) -> None:
         ValueError: names what changed.
     """
     file = out / "logs/material.json"
-    before = json.loads(file.read_text()) if file.is_file() else now
+    before = json.loads(file.read_text()) if file.is_file() and begun(out) else now
     changed = [name for name in now if now[name] != before[name]]
     if changed:
         raise ValueError(
