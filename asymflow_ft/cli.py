@@ -1,4 +1,4 @@
-"""asymflow-ft: align, cache, synthesize, finetune and sample from the command line. Parses, calls, prints."""
+"""asymflow-ft: align, cache, synthesize, finetune, export and sample from the command line. Parses, calls, prints."""
 
 import argparse
 import sys
@@ -14,7 +14,10 @@ from asymflow_ft.components.color import PixelCodec
 from asymflow_ft.components.pipelines import NEGATIVE_PROMPT
 from asymflow_ft.data.source import open_sources
 from asymflow_ft.evaluation.pictures import contact_sheet
-from asymflow_ft.families import family_of, load_pixel_pipeline
+from asymflow_ft.export import export_any, open_source
+from asymflow_ft.families import family_of
+from asymflow_ft.hub.forms import add_loras, load_pipeline
+from asymflow_ft.hub.write import FORMS, SHARD_SIZE
 from asymflow_ft.recipe import Data, load_recipe
 from asymflow_ft.synthesize import Sampling, synthesize
 from asymflow_ft.training.encode import Encoder
@@ -28,6 +31,7 @@ EXAMPLES = """examples:
   asymflow-ft finetune recipes/flux2_klein.yaml data.source=my_images --dry-run --card 24
   asymflow-ft finetune recipes/tiny/finetune.yaml train.steps=300
   asymflow-ft synthesize --base recipes/tiny/base --prompts recipes/tiny/data/prompts.txt --num 16 --out outputs/drawn
+  asymflow-ft export outputs/tiny --form adapter --out outputs/tiny_adapter
   asymflow-ft sample --pipeline outputs/tiny/pipeline --prompt "red apple" --prompt "rocket" --sheet
 """
 
@@ -113,11 +117,18 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     command = commands.add_parser(
-        "sample", help="draw pictures with a converted pipeline",
+        "sample", help="draw pictures with a converted model",
         description="Draw a picture per prompt, OUT/00000.png and so on after the seed; files are never overwritten.",
     )  # fmt: skip
     command.set_defaults(run=run_sample)
-    command.add_argument("--pipeline", required=True, help="pipeline folder or Hub id")
+    command.add_argument(
+        "--pipeline", required=True, help="converted model of any form (folder or Hub id), released adapter, or run"
+    )
+    command.add_argument("--base", help="latent base of an adapter that does not name it")
+    command.add_argument(
+        "--lora", action="append", default=[], metavar="PATH[=WEIGHT]",
+        help="style LoRA (folder, file or Hub id) with its weight (default: 1); may be given several times",
+    )  # fmt: skip
     command.add_argument("--prompt", action="append", default=[], help="may be given several times")
     command.add_argument("--prompts", help="text file with one prompt a line")
     command.add_argument(
@@ -139,6 +150,33 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--dtype", choices=("bfloat16", "float32"), help="default: bfloat16 on a GPU, float32 on a CPU"
     )
+
+    command = commands.add_parser(
+        "export", help="write a converted model in a form that others can load",
+        description="Write a run, one of its checkpoints, or a converted model of any form as a folder of another "
+        "form; docs/formats.md says what each holds.",
+    )  # fmt: skip
+    command.set_defaults(run=run_export)
+    command.add_argument(
+        "source", help="run, checkpoint, exported folder, adapter (folder or .safetensors file), or Hub id"
+    )
+    command.add_argument("--out", type=Path, required=True, help="new folder")
+    command.add_argument(
+        "--form", required=True, choices=(*FORMS, "lora"), help="pipeline: loads in stock diffusers with "
+        "trust_remote_code. adapter: the released format, also ComfyUI's. merged: plain transformer and subspace. "
+        "lora: of a run that trains a style LoRA",
+    )  # fmt: skip
+    command.add_argument(
+        "--ema", action=argparse.BooleanOptionalAction, default=None,
+        help="averaged weights of a run, or those of its last step (default: averaged)",
+    )  # fmt: skip
+    command.add_argument(
+        "--dtype", choices=("bfloat16", "float16", "float32"), help="of the transformer (default: as trained or "
+        "stored). The adapter beside it is float16, as released, or float32",
+    )  # fmt: skip
+    command.add_argument("--base", help="latent base of an adapter that does not name it")
+    command.add_argument("--revision", help="revision of that base")
+    command.add_argument("--shard-size", default=SHARD_SIZE, help="most that one file holds (default: %(default)s)")
 
     command = commands.add_parser(
         "synthesize", help="draw a training set with the latent base itself",
@@ -236,7 +274,9 @@ def run_sample(args: argparse.Namespace) -> None:
     if not prompts:
         raise ValueError("nothing to draw: give --prompt or --prompts FILE")
     device = process_state().device
-    pipeline = load_pixel_pipeline(args.pipeline, getattr(torch, args.dtype or default_dtype())).to(device)
+    dtype = getattr(torch, args.dtype or default_dtype())
+    pipeline = load_pipeline(open_source(args.pipeline, args.base), dtype).to(device)
+    add_loras(pipeline, args.lora)
     args.out.mkdir(parents=True, exist_ok=True)
     jobs = [prompt for prompt in prompts for _ in range(args.per_prompt)]
     pictures = []
@@ -255,6 +295,12 @@ def run_sample(args: argparse.Namespace) -> None:
     if args.sheet:
         contact_sheet(pictures, jobs).save(args.out / "sheet.png")
     print(f"{len(pictures)} pictures in {args.out}")
+
+
+def run_export(args: argparse.Namespace) -> None:
+    dtype = args.dtype and getattr(torch, args.dtype)
+    export_any(args.source, args.out, args.form, args.ema, dtype, args.base, args.revision, args.shard_size)
+    print(f"{args.form} in {args.out}")
 
 
 def run_synthesize(args: argparse.Namespace) -> None:

@@ -24,7 +24,6 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
     set_seed,
 )
-from diffusers import DiffusionPipeline, ModelMixin
 from tqdm import tqdm
 
 from asymflow_ft.align import align, check_aligned_for, describe
@@ -33,6 +32,7 @@ from asymflow_ft.components.pipelines import flow_solver
 from asymflow_ft.components.subspace import PixelModel, PixelSubspace, load_subspace
 from asymflow_ft.data.cache import content_key
 from asymflow_ft.data.source import Images, open_sources
+from asymflow_ft.export import Result, pipeline_settings, result_folder, save_result, subspace_key
 from asymflow_ft.families import family_of
 from asymflow_ft.recipe import Recipe, load_recipe
 from asymflow_ft.training import trainable
@@ -41,12 +41,10 @@ from asymflow_ft.training.distributed import gather, gather_optimizer, load_opti
 from asymflow_ft.training.ema import PowerEma
 from asymflow_ft.training.encode import free_memory
 from asymflow_ft.training.feed import loader, next_batch
-from asymflow_ft.training.finish import pipeline_settings, save_pipeline
 from asymflow_ft.training.objective import summarise, training_terms
 from asymflow_ft.training.optimizer import make_optimizer, set_rates
 from asymflow_ft.training.perceptual import load_lpips
 from asymflow_ft.training.plan import dry_run, out_of_memory
-from asymflow_ft.training.quantize import quantize_frozen, round_frozen
 from asymflow_ft.training.run import (
     PATIENCE,
     STOPPED,
@@ -64,6 +62,7 @@ from asymflow_ft.training.run import (
     write_status,
 )
 from asymflow_ft.training.stages import prepare
+from asymflow_ft.training.student import build_student, load_transformer, on_device, open_start, start_key
 from asymflow_ft.training.validation import Validation, summary
 
 
@@ -137,7 +136,7 @@ def finetune(recipe: Recipe) -> None:
     with accelerator.main_process_first():
         images = open_sources(recipe.data, stream_folder=recipe.stream_folder)
     on_main(accelerator, lambda: claim(out, recipe, per_step))
-    if (out / "pipeline" / "model_index.json").is_file() and finished_steps(out) >= train.steps:
+    if result_folder(recipe).is_dir() and finished_steps(out) >= train.steps:
         if main_process:
             write_status(out, "finished", finished_steps(out), per_step)
         say(f"{out} holds a finished run of {finished_steps(out)} steps; nothing to do.\n"
@@ -146,40 +145,46 @@ def finetune(recipe: Recipe) -> None:
     checkpoint = on_main(accelerator, lambda: newest_checkpoint(out))
     perceptual = load_lpips(device) if recipe.loss.perceptual == "lpips" else None
     codec = PixelCodec(recipe.pixels.space, recipe.pixels.mean, recipe.pixels.std)
-    subspace = aligned(recipe, family, images, codec, say)
+    with accelerator.main_process_first():
+        start = open_start(recipe)
+    subspace = aligned(recipe, family, images, codec, say) if start is None else start.subspace
     patch = subspace.config["patch"]
     data = prepare(recipe, family, images, patch, accelerator)
     material = {
         "images to train on": content_key(*data.train.entries), "held-out images": content_key(*data.held_out.entries),
-        "prompts": content_key(*data.prompts), "subspace": content_key(*subspace.float32()[0].sum(0).tolist()),
+        "prompts": content_key(*data.prompts), "subspace": subspace_key(subspace),
     }  # fmt: skip
+    if start is not None:
+        material["init_from"] = start_key(start)
     on_main(accelerator, lambda: check_same(out, material))
+    if main_process:
+        sources = [part.source for part in recipe.data.parts()]
+        write_json(out / "logs/data.json", {**data.describe(), "sources": sources})
 
-    # Draw the base while its VAE is at hand.
-    parts = on_device(recipe, family, ("vae", "transformer", "scheduler"), device)
+    # Draw the base while its VAE is at hand. A style LoRA has nothing to do with it.
+    names = ("scheduler",) if recipe.is_style else ("vae", "transformer", "scheduler")
+    parts = on_device(recipe, family, names, device)
     subspace.to(device)
     native = family.latent_shift(parts) * subspace.scale.item()
     shift = native if recipe.noise.shift is None else recipe.noise.shift
     validation = Validation(recipe, data, subspace, codec, accelerator)
-    base_pictures = validation.draw("base samples", "base", validation.base_drawer(family, parts))
-    validation.keep("latent base", "latent base", base_pictures)
-    parts.vae = None
+    if not recipe.is_style:
+        base_pictures = validation.draw("base samples", "base", validation.base_drawer(family, parts))
+        validation.keep("latent base", "latent base", base_pictures)
+        parts.vae = None
 
     # What is trained, and the frozen reference beside it.
-    if train.base_weights == "full":
-        network = family.lift(parts.transformer, subspace)
-    else:
+    if train.base_weights != "full":
         parts.transformer = None
         free_memory()
-        network = family.lift(load_transformer(recipe, family), subspace)
-        quantize_frozen(network, train.base_weights, family.TRAINED_ENDS, device)
-    if recipe.lora is None:
-        network = trainable.copy_for_full_training(network)
+    network = build_student(
+        recipe, family, subspace, start, lambda: parts.transformer or load_transformer(recipe, family), device
+    )
+    reference = None
+    if recipe.lora is None and recipe.loss.variance_reduction:
         reference = trainable.frozen_reference(parts.transformer, subspace, family.predict)
     else:
         parts.transformer = None  # else the full weights that it shares would outlive sharding
-        targets = family.lora_targets(network)
-        trainable.attach_lora(network, targets, family.TRAINED_ENDS, recipe.lora.rank, recipe.lora.dropout)
     network.train()
     if train.gradient_checkpointing:
         network.enable_gradient_checkpointing()
@@ -187,7 +192,7 @@ def finetune(recipe: Recipe) -> None:
         network.compile_repeated_blocks()
     optimizer = make_optimizer(recipe, trainable.trained_parameters(network), family.TRAINED_ENDS, family.OUTPUT_LAYER)
     prepared, optimizer = accelerator.prepare(network, optimizer)
-    if recipe.lora is not None:
+    if recipe.lora is not None and recipe.loss.variance_reduction:
         reference = trainable.lora_reference(prepared, network, subspace, family.predict)
     parameters = trainable.trained_parameters(network)  # sharded by now, if the run is
     ema = PowerEma(
@@ -278,21 +283,20 @@ def finetune(recipe: Recipe) -> None:
         finetuned = validation.draw("final samples", f"final_{step}", draw_pixels)
         network.eval()
         errors = validation.held_out_errors(model)
-    averages = gather(ema.average, main_process)
-    if main_process:
-        lifted = family.lift(load_transformer(recipe, family), subspace.to("cpu"))
-        if train.base_weights != "full":  # what was trained stands on rounded weights
-            round_frozen(lifted, train.base_weights, family.TRAINED_ENDS)
-        save_pipeline(recipe, family, pipeline, trainable.merge(averages, lifted), out / "pipeline")
     validation.keep("finetuned", f"pixels, step {step}", finetuned)
     validation.save_grid(step)
+    averages = gather(ema.average, main_process)
     if main_process:
         held_out = {"step 0": json.loads(held_out_file.read_text()), "finetuned": errors}
         run = {"steps": step, "seconds": round(time.time() - started, 1), "peak_memory_gb": peak_memory_gb(device),
                "skipped_steps": log.skipped}  # fmt: skip
-        write_json(out / "metrics.json", {"held_out_error": held_out, **validation.metrics, "run": run})
+        metrics = {"held_out_error": held_out, **validation.metrics, "run": run}
+        settings = {name: pipeline.config[name] for name in pipeline_settings(recipe, shift)}
+        result = Result(recipe, step, averages, "ema", subspace.to("cpu"), type(pipeline).__name__, settings)
+        save_result(result, family, metrics)
+        write_json(out / "metrics.json", metrics)  # now the run counts as finished
         write_status(out, "finished", step, per_step)
-        say(summary({"held_out_error": held_out, **validation.metrics}, out))
+        say(summary(metrics, out, result_folder(recipe)))
     accelerator.wait_for_everyone()
     accelerator.end_training()
 
@@ -309,23 +313,6 @@ def newest_checkpoint(out: Path) -> Path | None:
     if broken and found is None:
         raise ValueError(f"no checkpoint is whole ({broken[0]}); move {out / 'checkpoints'} away to start at step 0")
     return found
-
-
-def load_transformer(recipe: Recipe, family: ModuleType) -> ModelMixin:
-    """The base's transformer as stored, in host memory."""
-    return family.load_parts(recipe.base, ("transformer",), base_dtype(recipe), recipe.revision).transformer
-
-
-def on_device(recipe: Recipe, family: ModuleType, names: tuple[str, ...], device: torch.device) -> DiffusionPipeline:
-    """Parts of the base, with the transformer quantised as the recipe says."""
-    parts = family.load_parts(recipe.base, names, base_dtype(recipe), recipe.revision)
-    if recipe.train.base_weights != "full":
-        quantize_frozen(parts.transformer, recipe.train.base_weights, family.TRAINED_ENDS, device)
-    return parts.to(device)
-
-
-def base_dtype(recipe: Recipe) -> torch.dtype:
-    return torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
 
 
 def aligned(recipe: Recipe, family: ModuleType, images: Images, codec: PixelCodec, say) -> PixelSubspace:

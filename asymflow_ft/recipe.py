@@ -107,6 +107,27 @@ def check(recipe: Recipe) -> None:
             f"train.keep_every is {lasting}; checkpoints are made every {every} steps (train.checkpoint_every), "
             "so it must be a multiple of that"
         )
+    if (recipe.align.path is None) == (recipe.init_from is None):
+        given = "both given" if recipe.init_from else "missing, both"
+        raise ValueError(
+            f"align.path and init_from are {given}: a conversion starts from the aligned subspace in align.path, and "
+            "init_from is a converted model that brings its own; keep one of them"
+        )
+    if recipe.is_style and recipe.init_from is None:
+        raise ValueError(
+            "lora.ends is false, but without init_from the end layers are those of a lifted base, which cannot draw "
+            "what its latents do not carry; set init_from to a converted model, or lora.ends=true"
+        )
+    if recipe.is_style and recipe.loss.variance_reduction:
+        raise ValueError(
+            "lora.ends is false, so this is a style LoRA on a converted model, whose training has no latent base as "
+            "a reference; set loss.variance_reduction=false and loss.perceptual=none"
+        )
+    if not recipe.loss.variance_reduction and recipe.loss.perceptual != "none":
+        raise ValueError(
+            f"loss.perceptual is {recipe.loss.perceptual!r}, whose weight comes from the variance reduction, and "
+            "loss.variance_reduction is false; set loss.perceptual=none"
+        )
     if recipe.lora is None and recipe.train.base_weights != "full":
         raise ValueError(
             f"train.base_weights is {recipe.train.base_weights!r}, but lora is null and all weights are trained; "

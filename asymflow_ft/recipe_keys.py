@@ -88,9 +88,10 @@ class Text:
 
 @dataclass(frozen=True)
 class Align:
-    """`path`: the aligned subspace (folder or official file). `mode` "require" stops without it, "auto" makes it."""
+    """`path`: the aligned subspace (folder or official file); null with `init_from`, which has one. `mode` "require"
+    stops without it, "auto" makes it."""
 
-    path: str
+    path: str | None = None
     mode: Literal["require", "auto"] = "require"
     num_images: int = 1000
 
@@ -106,10 +107,12 @@ class Pixels:
 
 @dataclass(frozen=True)
 class Lora:
-    """Adapters on the family's target modules; the end layers are trained in full beside them."""
+    """Adapters on the family's target modules. `ends`: train the end layers in full beside them, which turns a base
+    into a pixel model; false makes a style LoRA for the converted model in `init_from`."""
 
     rank: int = 256
     dropout: float = 0.05
+    ends: bool = True
 
 
 @dataclass(frozen=True)
@@ -123,8 +126,10 @@ class Noise:
 
 @dataclass(frozen=True)
 class Loss:
-    """Weights of the two terms. `kappa` null turns the fade off; `perceptual` "none" trains on the first alone."""
+    """Weights of the two terms. `kappa` null turns the fade off; `perceptual` "none" trains on the first alone.
+    `variance_reduction` false is plain flow matching: no reference, no latents, and no perceptual term."""
 
+    variance_reduction: bool = True
     mse: float = 5.0
     perceptual: Literal["lpips", "none"] = "lpips"
     perceptual_weight: float = 1.0
@@ -185,13 +190,15 @@ class Sample:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One conversion, from base to pipeline. `lora` null: train all weights, beside one frozen reference."""
+    """One conversion, from base to pipeline. `lora` null: train all weights, beside one frozen reference. `init_from`:
+    go on from a converted model of this base: an export of any form, or a released adapter (folder, file, Hub id)."""
 
     base: str
     output_dir: str
     data: Data
-    align: Align
     sample: Sample
+    align: Align = field(default_factory=Align)
+    init_from: str | None = None
     revision: str | None = None
     seed: int = 0
     text: Text = field(default_factory=Text)
@@ -201,6 +208,11 @@ class Recipe:
     noise: Noise = field(default_factory=Noise)
     loss: Loss = field(default_factory=Loss)
     train: Train = field(default_factory=Train)
+
+    @property
+    def is_style(self) -> bool:
+        """Whether this trains adapters alone, on top of a converted model."""
+        return self.lora is not None and not self.lora.ends
 
     @property
     def stream_folder(self) -> Path:

@@ -12,7 +12,6 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,9 +27,10 @@ from asymflow_ft.align import to_picture
 from asymflow_ft.data.buckets import bucket_size
 from asymflow_ft.data.synthetic import SETTINGS, read_rows, weights_digest
 from asymflow_ft.hub.cards import card_licence, data_card, hub_commit, licence_terms
+from asymflow_ft.hub.provenance import versions
 from asymflow_ft.training.checkpoint import write_json
 from asymflow_ft.training.encode import encode_texts, free_memory, load_text_parts
-from asymflow_ft.training.run import PACKAGES, process_state
+from asymflow_ft.training.run import process_state
 
 SHARD = 64  # pictures
 MOST = 1_000_000  # pictures that the six digits of a file name can tell apart
@@ -159,7 +159,7 @@ def synthesize(
     rows = [row for rows in drawn for row in rows][:num]
     if len(read_rows(out / "metadata.jsonl")) < num:
         writer = str(state.process_index)
-        made_with = {"made with": ", ".join(f"{name} {version(name)}" for name in PACKAGES)}
+        made_with = {"made with": ", ".join(map(" ".join, versions().items()))}
         _write(out / "README.md", data_card(len(rows), settings | made_with, licence, terms).encode(), writer)
         _write(out / "metadata.jsonl", _lines(rows), writer)
     return True

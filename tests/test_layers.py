@@ -5,8 +5,8 @@ import ast
 from tests.conftest import REPOSITORY
 
 LAYERS = [
-    {"method", "recipe_keys"}, {"recipe", "components"}, {"evaluation", "data", "families"}, {"training", "hub"},
-    {"align"}, {"finetune", "synthesize"}, {"cli"},
+    {"method", "recipe_keys"}, {"recipe", "components"}, {"evaluation", "data", "families"}, {"hub"}, {"training"},
+    {"align"}, {"export"}, {"finetune", "synthesize"}, {"cli"},
 ]  # fmt: skip
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
+from asymflow_ft.components.quantize import quantize_frozen, round_frozen
 from asymflow_ft.components.subspace import Cond, PixelSubspace
 from asymflow_ft.families import flux2
 from asymflow_ft.training import trainable
-from asymflow_ft.training.quantize import quantize_frozen, round_frozen
 
 WEIGHT_ERROR = {"nf4": (0.06, 0.11), "int8": (0.003, 0.02)}  # relative, root mean square
 OUTPUT_ERROR = {"nf4": 0.25, "int8": 0.04}  # of the tiny base, whose layers are narrow: measured 0.18 and 0.023

@@ -23,7 +23,15 @@ from asymflow_ft.components.color import LMS_TO_OKLAB, RGB_TO_LMS, PixelCodec
 from asymflow_ft.components.pipelines import flow_solver
 from asymflow_ft.components.subspace import Cond, Grid, PixelModel, PixelSubspace
 from asymflow_ft.families import flux2
-from asymflow_ft.hub.official import adapter_config, adapter_state, apply_adapter, load_adapter, save_adapter
+from asymflow_ft.hub.official import (
+    adapter_config,
+    adapter_subspace,
+    apply_adapter,
+    load_adapter,
+    save_adapter,
+    subspace_buffers,
+    trained_tensors,
+)
 from asymflow_ft.method import asymflow, noise
 from asymflow_ft.method import loss as losses
 from asymflow_ft.method.align import Fit, Grams, bottleneck_weight, pca, procrustes
@@ -342,7 +350,7 @@ def test_case_07_lift(golden: Path) -> None:
         else:
             close(tensor, unchanged[name], name)
 
-    ours = adapter_config(base.config, model.subspace, config["sigma_min"])
+    ours = adapter_config(flux2, base.config, model.subspace, config["sigma_min"])
     del ours["_diffusers_version"]
     assert ours == config
 
@@ -630,9 +638,8 @@ def test_case_12_export(golden: Path, tmp_path: Path) -> None:
     trained, lifted = read(golden, "export_train_state"), read(golden, "transformer_lifted")
     base, config = load_base(golden), read_config(golden, "export/config.json")
     subspace = PixelSubspace.from_fit(lifted["proj_buffer"], lifted["scale_buffer"])
-    save_adapter(
-        tmp_path, adapter_state(trained, subspace), adapter_config(base.config, subspace, config["sigma_min"])
-    )
+    state = trained_tensors(trained) | subspace_buffers(subspace)
+    save_adapter(tmp_path, state, adapter_config(flux2, base.config, subspace, config["sigma_min"]))
 
     assert read_config(tmp_path, "config.json") == config
     expected = read(golden, "export/diffusion_pytorch_model")
@@ -650,8 +657,8 @@ def test_case_12_export(golden: Path, tmp_path: Path) -> None:
 
 def test_case_12_import(golden: Path) -> None:
     expected, base = read(golden, "export_fused"), load_base(golden)
-    state, _ = load_adapter(golden / "export")
-    fused, subspace = apply_adapter(base, state)
+    state, _, _ = load_adapter(golden / "export")
+    fused, subspace = apply_adapter(flux2, base, state), adapter_subspace(state)
     close(subspace.basis, expected.pop("proj_buffer"), "proj_buffer", abs=1e-6)
     close(subspace.scale, expected.pop("scale_buffer"), "scale_buffer", abs=1e-6)
     weights, unchanged = fused.state_dict(), base.state_dict()
@@ -666,8 +673,8 @@ def test_case_12_import(golden: Path) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("fuse", [True, False])
 def test_case_12_forward(golden: Path, fuse: bool) -> None:
-    data, (state, config) = read(golden, "export_forward"), load_adapter(golden / "export")
-    transformer, subspace = apply_adapter(load_base(golden), state, fuse=fuse)
+    data, (state, config, _) = read(golden, "export_forward"), load_adapter(golden / "export")
+    transformer, subspace = apply_adapter(flux2, load_base(golden), state, fuse=fuse), adapter_subspace(state)
     model, cond = PixelModel(transformer, subspace, flux2.predict), Cond(data["encoder_hidden_states"])
     name = "velocity_fused" if fuse else "velocity_unfused"
     close(image_velocity(model, data["x_t"], data["sigma"], cond, config["sigma_min"]), data[name], name, rel=5e-5)

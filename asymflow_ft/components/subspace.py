@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from asymflow_ft.method import asymflow
+from asymflow_ft.method.asymflow import calibrate, recover_clean, recover_velocity
 from asymflow_ft.method.patches import to_tokens
 
 ORTHONORMAL_TOLERANCE = 5e-3  # the official release rounds the basis to bf16, which leaves up to 3e-3
@@ -141,7 +141,7 @@ class PixelModel:
     def network(self, x_t: Tensor, sigma: Tensor, cond: Cond, grid: Grid) -> Tensor:
         """Raw network output u (B, N, D) for x_t (B, N, D) at sigma (B, 1, 1); grid is (rows, columns) of tokens."""
         basis, scale = self.subspace.float32()
-        seen = asymflow.calibrate(sigma.to(basis), scale)
+        seen = calibrate(sigma.to(basis), scale)
         patch = self.subspace.config["patch"]
         # clean condition images are at noise level 0, where the gain is 1 / s
         references = [
@@ -151,11 +151,11 @@ class PixelModel:
         return self.predict(self.transformer, seen.gain * x_t.to(basis), seen.tau.flatten(), cond, grid, references)
 
     def velocity(self, x_t: Tensor, sigma: Tensor, cond: Cond, grid: Grid, sigma_min: float = 1e-4) -> Tensor:
-        """Full pixel velocity (B, N, D), at least float32. See `asymflow.recover_velocity`."""
-        return asymflow.recover_velocity(
+        """Full pixel velocity (B, N, D), at least float32. See `recover_velocity`."""
+        return recover_velocity(
             self.network(x_t, sigma, cond, grid), x_t, sigma, *self.subspace.float32(), sigma_min=sigma_min
         )
 
     def clean(self, x_t: Tensor, sigma: Tensor, cond: Cond, grid: Grid) -> Tensor:
-        """Estimate of the clean pixel tokens (B, N, D), at least float32. See `asymflow.recover_clean`."""
-        return asymflow.recover_clean(self.network(x_t, sigma, cond, grid), x_t, sigma, *self.subspace.float32())
+        """Estimate of the clean pixel tokens (B, N, D), at least float32. See `recover_clean`."""
+        return recover_clean(self.network(x_t, sigma, cond, grid), x_t, sigma, *self.subspace.float32())

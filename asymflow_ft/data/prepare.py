@@ -44,7 +44,7 @@ class Encoded(Protocol):
     """Where latents and embeddings come from: the cache, or the models themselves."""
 
     def latents(self, entry: Entry, rgb: Tensor) -> Tensor:
-        """Latent tokens (N, R) of an entry with pixels `rgb` (3, H, W)."""
+        """Latent tokens (N, R) of an entry with pixels `rgb` (3, H, W); (0, 0) where training needs none."""
         ...
 
     def embeds(self, caption: str) -> Tensor:

@@ -2,11 +2,10 @@
 
 from types import ModuleType
 
-import torch
 from diffusers import DiffusionPipeline
 
 from asymflow_ft.families import flux2
-from asymflow_ft.families.base import load_index, opening
+from asymflow_ft.families.base import load_index
 
 _MODULES = (flux2,)
 
@@ -25,18 +24,26 @@ def family_of(base: str, revision: str | None = None) -> ModuleType:
     raise ValueError(f"{base} is a {name}; asymflow-ft converts {known}")
 
 
-def load_pixel_pipeline(path: str, dtype: torch.dtype) -> DiffusionPipeline:
-    """A converted pipeline from a folder or the Hub.
+def family_named(name: str) -> ModuleType:
+    """The family module of a provenance.
 
     Raises:
-        ValueError: it cannot be read, or is no converted pipeline.
+        ValueError: there is none of that name.
     """
-    name = load_index(path).get("_class_name")
+    for module in _MODULES:
+        if module.__name__.rpartition(".")[2] == name:
+            return module
+    raise ValueError(f"the family {name!r} is unknown to this version of asymflow-ft")
+
+
+def pixel_pipeline_named(name: str) -> type[DiffusionPipeline]:
+    """A pixel pipeline's class.
+
+    Raises:
+        ValueError: no family has one of that name.
+    """
     for module in _MODULES:
         for kind in module.PIXEL_PIPELINES:
             if kind.__name__ == name:
-                with opening(path):
-                    return kind.from_pretrained(path, dtype=dtype)
-    raise ValueError(
-        f"{path} is a {name}, not a pixel pipeline; convert it first with `asymflow-ft align` and `finetune`"
-    )
+                return kind
+    raise ValueError(f"the pipeline class {name!r} is unknown to this version of asymflow-ft")

@@ -14,6 +14,7 @@ from diffusers import (
     Flux2KleinPipeline,
     Flux2Pipeline,
     Flux2Transformer2DModel,
+    ModelMixin,
     UniPCMultistepScheduler,
 )
 from diffusers.pipelines.flux2.pipeline_output import Flux2PipelineOutput
@@ -24,7 +25,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.utils import is_torchvision_available
 
-from asymflow_ft.components.color import PixelCodec
 from asymflow_ft.components.pipelines import CFG_SCALE, PixelPipelineMixin
 from asymflow_ft.components.subspace import Cond, Grid, PixelSubspace
 from asymflow_ft.families.base import build_lifted, load_index, load_json, opening
@@ -32,10 +32,17 @@ from asymflow_ft.method.asymflow import lift_weights
 from asymflow_ft.method.patches import to_image, to_tokens
 
 PIPELINES = {"Flux2KleinPipeline": Flux2KleinPipeline, "Flux2Pipeline": Flux2Pipeline}
+TEXT_PARTS = ("text_encoder", "tokenizer")
 LATENT_SHIFT = 7.0  # FLUX.2's native shift at 1024x1024 (paper, latent baseline); its scheduler computes one per size
 DISTILLED_GUIDANCE = 3.5  # what diffusers' training script gives FLUX.2-dev
 OUTPUT_LAYER = "proj_out"
 TRAINED_ENDS = ("x_embedder", OUTPUT_LAYER, "norm_out.linear")
+# The released adapter format's class name, and the part of its config.json that repeats the transformer's own.
+ADAPTER_CLASS = "AsymFlux2Transformer2DModel"
+ADAPTER_CONFIG = (
+    "num_layers", "num_single_layers", "attention_head_dim", "num_attention_heads", "joint_attention_dim",
+    "timestep_guidance_channels", "mlp_ratio", "axes_dims_rope", "rope_theta", "eps", "guidance_embeds",
+)  # fmt: skip
 # part of a licence's name -> what it means for a training set of the base's pictures
 OUTPUT_TERMS = {
     "non-commercial": "The FLUX non-commercial licence forbids training commercial models, or models that compete "
@@ -254,8 +261,8 @@ class _PixelFlux2(PixelPipelineMixin):
         text_encoder: Any,
         tokenizer: Any,
         transformer: Flux2Transformer2DModel,
-        subspace: PixelSubspace,
-        codec: PixelCodec,
+        subspace: ModelMixin,  # a PixelSubspace, whose class an exported pipeline has in a file of its own
+        codec: ModelMixin,  # likewise a PixelCodec
         shift: float = 17.0,
         shift_mode: str = "sqrt",
         base_pixels: int = 1024**2,

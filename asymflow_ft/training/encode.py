@@ -124,8 +124,11 @@ class FromCache:
 
     def __init__(self, encoder: Encoder, text: TensorCache, images: TensorCache):
         self.keys, self.dtype, self.text, self.images = encoder.keys, encoder.dtype, text, images
+        self.needs_latents = encoder.recipe.loss.variance_reduction
 
     def latents(self, entry: Entry, rgb: Tensor) -> Tensor:
+        if not self.needs_latents:
+            return torch.empty(0, 0)
         return self.images[self.keys.of_image(entry)]
 
     def embeds(self, caption: str) -> Tensor:
@@ -141,6 +144,8 @@ class Live:
         self.embeds = lru_cache(maxsize=256)(self._embeds)
 
     def latents(self, entry: Entry, rgb: Tensor) -> Tensor:
+        if not self.encoder.recipe.loss.variance_reduction:
+            return torch.empty(0, 0)
         return rounded(self.encoder.encode_image(entry, rgb), self.encoder.recipe.cache.latents)
 
     def _embeds(self, caption: str) -> Tensor:

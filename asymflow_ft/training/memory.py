@@ -5,6 +5,7 @@ One process without sharding. 1 GB is 10^9 bytes: a card sold with 24 GB has at 
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
 
@@ -96,10 +97,12 @@ class MemoryPlan:
         held = sum(self.held.values())
         # torch's AdamW takes one root per weight aside; the 8-bit one works in place
         aside = self.trained_weights if self.recipe.train.optimizer == "adamw" else 0
-        return {
-            "encoding the captions": self.text_encoder,
-            "encoding the images": self.encoding,
-            "pictures of the base": self.frozen_weights + self.decoding,
+        before = {"encoding the captions": self.text_encoder}
+        if self.recipe.loss.variance_reduction:
+            before["encoding the images"] = self.encoding
+        if not self.recipe.is_style:
+            before["pictures of the base"] = self.frozen_weights + self.decoding
+        return before | {
             "training step": held + self.activations + self.perceptual_activations,
             "optimizer step": held + aside,
             # gradients are gone by then, but the trained weights lie aside while the EMA is in their place
@@ -159,13 +162,18 @@ def build_networks(
     if recipe.lora is None:
         return trainable.copy_for_full_training(network), base, subspace
     targets = family.lora_targets(network)
-    trainable.attach_lora(network, targets, family.TRAINED_ENDS, recipe.lora.rank, recipe.lora.dropout)
+    ends = family.TRAINED_ENDS if recipe.lora.ends else ()
+    trainable.attach_lora(network, targets, ends, recipe.lora.rank, recipe.lora.dropout)
     return network, base, subspace
 
 
-def count_tensors(family: ModuleType, network: ModelMixin, base: ModelMixin) -> Tensors:
-    """What `build_networks` made, counted; weights that two networks share count once."""
-    frozen = [p for module in (network, base) for p in module.parameters() if not p.requires_grad]
+def count_tensors(family: ModuleType, network: ModelMixin, held: Sequence[ModelMixin]) -> Tensors:
+    """What `build_networks` made, counted; weights that two networks share count once.
+
+    Args:
+        held: all networks that stay on the GPU.
+    """
+    frozen = [p for module in held for p in module.parameters() if not p.requires_grad]
     storages = {p.untyped_storage()._cdata: p.nbytes for p in frozen}
     linears = tuple(
         (*module.weight.shape, module.weight.nbytes)
@@ -187,7 +195,8 @@ def plan_memory(
         text_encoder: bytes of its weights, which are alone on the GPU before all else; 0 if not known.
     """
     network, latent, subspace = build_networks(recipe, family, base, vae)
-    tensors = count_tensors(family, network, latent)
+    held = (network, latent) if recipe.loss.variance_reduction else (network,)
+    tensors = count_tensors(family, network, held)
     step = rehearse_step(recipe, family, network, latent, subspace)
     drawing = rehearse_drawing(recipe, family, network, subspace, recipe.train.batch_size)
     encoding, decoding = rehearse_vae(recipe, family, vae, recipe.train.batch_size)

@@ -53,13 +53,13 @@ def draw_noise(serials: list[int], tokens: int, dim: int, seed: int) -> tuple[Te
 
 
 def training_terms(
-    recipe: Recipe, model: PixelModel, reference: Reference, codec: PixelCodec, perceptual: PerceptualMap | None,
-    batch: Batch, shift: float, device: torch.device,
+    recipe: Recipe, model: PixelModel, reference: Reference | None, codec: PixelCodec,
+    perceptual: PerceptualMap | None, batch: Batch, shift: float, device: torch.device,
 ) -> Terms:  # fmt: skip
     """The terms of the loss on one micro-batch.
 
     Args:
-        shift: timestep shift of the noise levels.
+        reference: None for plain flow matching. shift: timestep shift of the noise levels.
     """
     patch = model.subspace.config["patch"]
     rgb, z0, cond = batch.rgb.to(device), batch.z0.to(device), Cond(batch.embeds.to(device), model.guidance)
@@ -69,8 +69,10 @@ def training_terms(
     sigma = logit_normal_sigmas(level, shift, recipe.noise.mean, recipe.noise.std)
 
     x_t = torch.lerp(x0, eps, sigma)
-    x_low = asymflow.lift(z0, *model.subspace.float32())
-    x_low_hat = reference(z0, eps, sigma, cond, grid)
+    x_low = x_low_hat = torch.zeros_like(x0)  # no residual to subtract
+    if reference is not None:
+        x_low = asymflow.lift(z0, *model.subspace.float32())
+        x_low_hat = reference(z0, eps, sigma, cond, grid)
     x0_hat = model.clean(x_t, sigma, cond, grid)
     target = losses.variance_reduced_target(x0, x0_hat, x_low, x_low_hat, sigma, recipe.loss.kappa)
     mse = recipe.loss.mse * losses.velocity_mse(x0_hat, target.image, sigma, recipe.loss.sigma_floor)

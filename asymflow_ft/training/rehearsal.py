@@ -194,7 +194,10 @@ def rehearse_step(
         network.train()
         if recipe.train.gradient_checkpointing:
             network.enable_gradient_checkpointing()
-        if recipe.lora is None:
+        reference: trainable.Reference | None = None
+        if not recipe.loss.variance_reduction:
+            pass
+        elif recipe.lora is None:
             reference = trainable.frozen_reference(base, subspace, family.predict)
         else:
             reference = trainable.lora_reference(network, network, subspace, family.predict)
@@ -210,6 +213,7 @@ def rehearse_step(
         marks: list[tuple[int, int]] = []  # (peak, operations) after the reference and after the forward pass
 
         def watched_reference(*arguments: Any) -> Tensor:
+            assert reference is not None
             estimate = reference(*arguments)
             marks.append((meter.peak, meter.flops))
             return estimate
@@ -227,7 +231,10 @@ def rehearse_step(
             batch = Batch(torch.empty(count, 3, side, side), z0, embeds, list(range(count)), [])
             perceptual = None if vgg is None else watched_vgg
             cpu = torch.device("cpu")
-            terms = training_terms(recipe, model, watched_reference, codec, perceptual, batch, 1.0, cpu)
+            if reference is None:
+                marks.append((0, 0))
+            watched = None if reference is None else watched_reference
+            terms = training_terms(recipe, model, watched, codec, perceptual, batch, 1.0, cpu)
             marks.append((meter.peak, meter.flops))
             terms.loss().backward()
     (reference_peak, reference_flops), (_, forward_flops), *_ = marks

@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,10 +17,10 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object, parse_flag_from_env
 from tqdm import tqdm
 
+from asymflow_ft.hub.provenance import versions
 from asymflow_ft.recipe import Recipe, flat, load_recipe, save_recipe
 from asymflow_ft.training.checkpoint import write_json
 
-PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "asymflow-ft")
 STOPPED = 75  # exit code after a stop with a checkpoint: EX_TEMPFAIL, "try again later"
 PATIENCE = timedelta(hours=6)  # processes wait for a download, a merge or a slow neighbour; the default is 10 minutes
 # A run that continues may change these; anything else would make it another run.
@@ -89,7 +88,7 @@ def claim(out: Path, recipe: Recipe, images_per_step: int) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         part = out / "recipe.yaml.part"
-        save_recipe(recipe, part, "resolved recipe; made with " + ", ".join(f"{p} {version(p)}" for p in PACKAGES))
+        save_recipe(recipe, part, "resolved recipe; made with " + ", ".join(map(" ".join, versions().items())))
         part.replace(file)
         write_status(out, "running", status["step"] if status else 0, images_per_step)
         (out / "logs").mkdir(exist_ok=True)

@@ -42,6 +42,13 @@ class Prepared:
     prompts: list[str]
     encoded: Encoded
 
+    def describe(self) -> dict[str, int]:
+        """Counts for the run's record."""
+        return {
+            "samples": len(self.train), "images": len({entry.digest for entry in self.train.entries}),
+            "held_out_images": len({entry.digest for entry in self.held_out.entries}),
+        }  # fmt: skip
+
 
 def read_prompts(file: str | Path) -> list[str]:
     """One prompt a line; empty lines and lines starting with # are left out.
@@ -130,7 +137,7 @@ def _fill(
     latents = TensorCache(folder / "latents", recipe.cache.latents, LATENT_SHARD)
     captions = {encoder.keys.of_caption(c): c for c in ("", *prompts)}
     captions |= {encoder.keys.of_caption(c): c for entry in entries for c in images.captions(entry.row)}
-    by_key = {encoder.keys.of_image(entry): entry for entry in entries}
+    by_key = {encoder.keys.of_image(entry): entry for entry in entries if recipe.loss.variance_reduction}
 
     def encode_captions(keys: Sequence[str]) -> list[Tensor]:
         return encoder.encode_captions([captions[key] for key in keys])
@@ -214,7 +221,8 @@ def verify(prepared: Prepared, encoder: Encoder, samples: int = 16) -> list[str]
     chosen = sound[:: max(len(sound) // samples, 1)]
     pairs = [
         (f"latents of {images.name(entry.row)}", stored.latents(entry, torch.empty(0)),
-         rounded(encoder.encode_image(entry, _pixels(images, entry)), stored.images.storage)) for entry in chosen
+         rounded(encoder.encode_image(entry, _pixels(images, entry)), stored.images.storage))
+        for entry in (chosen if encoder.recipe.loss.variance_reduction else ())
     ]  # fmt: skip
     captions = dict.fromkeys(["", *prepared.prompts[:samples], *(images.captions(entry.row)[0] for entry in chosen)])
     pairs += [

@@ -1,7 +1,7 @@
 """What is trained: LoRA factors plus whole end layers, or every weight; and the frozen reference beside it."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -110,21 +110,6 @@ def diffusers_name(name: str) -> str:
     return name.replace(f".modules_to_save.{ADAPTER}", "")
 
 
-def merge(parameters: Mapping[str, Tensor], lifted: ModelMixin) -> ModelMixin:
-    """A plain diffusers model with the training folded in: trained tensors replaced, LoRA products added.
-
-    Args:
-        parameters: whole tensors by the names of `trained_parameters`. lifted: a fresh lifted network, not quantised,
-            which takes the result in its own dtype; what it shares with the base is replaced, not changed in place.
-    """
-    state = lifted.state_dict()
-    trained = {diffusers_name(name): p.detach().to(lifted.device) for name, p in parameters.items()}
-    for name, value in trained.items():
-        if ".lora_A." in name:
-            up = trained[name.replace(".lora_A.", ".lora_B.")]
-            target = name.replace(f".lora_A.{ADAPTER}", "")
-            state[target] = (state[target].float() + up.float() @ value.float()).to(state[target])
-        elif ".lora_B." not in name:
-            state[name] = value.clone().to(state[name])
-    lifted.load_state_dict(state, assign=True)
-    return lifted
+def adapter_name(name: str) -> str:
+    """A trained parameter's name in an adapter file, where LoRA factors end in `lora_A.weight`."""
+    return diffusers_name(name).replace(f".{ADAPTER}.", ".")

@@ -211,10 +211,14 @@ class Judge:
         }
 
 
-def summary(metrics: dict[str, dict], out: Path) -> str:
-    """metrics.json as a small table."""
+def summary(metrics: dict[str, dict], out: Path, model: Path) -> str:
+    """metrics.json as a small table.
+
+    Args:
+        model: the folder of the result.
+    """
     columns = {"retrieval_at_5": "retrieval@5", "picture_error": "picture error", "sharpness": "sharpness"}
-    columns = {key: title for key, title in columns.items() if key in metrics["latent base"]}
+    columns = {key: title for key, title in columns.items() if key in metrics["step 0"]}
     lines = [f"{'':14}" + "".join(f"{title:>15}" for title in columns.values())]
     for name in ("real", "latent base", "step 0", "finetuned"):
         values = [metrics.get(name, {}).get(key) for key in columns]
@@ -224,6 +228,4 @@ def summary(metrics: dict[str, dict], out: Path) -> str:
     lines += [
         f"held-out error at sigma {s}: {held['step 0'][s]:.4f} -> {held['finetuned'][s]:.4f}" for s in held["step 0"]
     ]
-    return "\n".join(
-        [*lines, f"pictures in {out / 'samples'}, figures in {out / 'metrics.json'}, model in {out / 'pipeline'}"]
-    )
+    return "\n".join([*lines, f"pictures in {out / 'samples'}, figures in {out / 'metrics.json'}, model in {model}"])
