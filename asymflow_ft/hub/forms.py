@@ -76,7 +76,7 @@ class Converted:
         if self.folder is not None:
             with opening(str(self.folder)):
                 return AutoModel.from_pretrained(
-                    self.folder, subfolder="transformer", torch_dtype=dtype, use_safetensors=True
+                    str(self.folder), subfolder="transformer", torch_dtype=dtype, use_safetensors=True
                 ).eval()
         base = self.family.load_parts(self.provenance["base"], ("transformer",), dtype, self.provenance["revision"])
         recipe = self.provenance["recipe"] or {}
