@@ -14,9 +14,9 @@ from asymflow_ft.components.color import PixelCodec
 from asymflow_ft.components.pipelines import NEGATIVE_PROMPT
 from asymflow_ft.data.source import open_sources
 from asymflow_ft.evaluation.pictures import contact_sheet
-from asymflow_ft.export import export_any, open_source
+from asymflow_ft.export import export_any, load_pixel_pipeline
 from asymflow_ft.families import family_of
-from asymflow_ft.hub.forms import add_loras, load_pipeline
+from asymflow_ft.hub.forms import add_loras
 from asymflow_ft.hub.write import FORMS, SHARD_SIZE
 from asymflow_ft.recipe import Data, load_recipe
 from asymflow_ft.synthesize import Sampling, synthesize
@@ -275,7 +275,7 @@ def run_sample(args: argparse.Namespace) -> None:
         raise ValueError("nothing to draw: give --prompt or --prompts FILE")
     device = process_state().device
     dtype = getattr(torch, args.dtype or default_dtype())
-    pipeline = load_pipeline(open_source(args.pipeline, args.base), dtype).to(device)
+    pipeline = load_pixel_pipeline(args.pipeline, dtype, args.base).to(device)
     add_loras(pipeline, args.lora)
     args.out.mkdir(parents=True, exist_ok=True)
     jobs = [prompt for prompt in prompts for _ in range(args.per_prompt)]

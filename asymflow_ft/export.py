@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -187,6 +188,14 @@ def open_source(source: str, base: str | None = None, revision: str | None = Non
             f"and {result_folder(result.recipe)} as a LoRA"
         )
     return converted(result, family, metrics)
+
+
+def load_pixel_pipeline(
+    source: str | Path, dtype: torch.dtype, base: str | None = None, revision: str | None = None
+) -> DiffusionPipeline:
+    """The whole pixel pipeline of what `open_source` opens, in the host's memory."""
+    model = open_source(str(source), base, revision).with_dtype(dtype)
+    return model.pipeline(model.transformer())
 
 
 def subspace_key(subspace: PixelSubspace) -> str:

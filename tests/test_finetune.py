@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from asymflow_ft import cli, finetune
-from asymflow_ft.families import load_pixel_pipeline
+from asymflow_ft.export import load_pixel_pipeline
 from asymflow_ft.training.checkpoint import list_checkpoints, verify_checkpoint
 from asymflow_ft.training.ema import PowerEma
 from tests.conftest import REPOSITORY

@@ -13,9 +13,13 @@ from peft.utils import get_peft_model_state_dict
 from asymflow_ft.components.color import PixelCodec
 from asymflow_ft.components.pipelines import flow_solver
 from asymflow_ft.components.subspace import Cond, PixelModel, PixelSubspace, load_subspace
-from asymflow_ft.families import family_of, flux2, load_pixel_pipeline
+from asymflow_ft.export import load_pixel_pipeline
+from asymflow_ft.families import family_of, flux2
+from asymflow_ft.hub.official import apply_adapter
+from asymflow_ft.hub.write import export
 from asymflow_ft.method import asymflow
 from asymflow_ft.training import trainable
+from tests.converted import adapter_of, as_converted
 
 # (config, parameters, trained parameters, LoRA modules) as published
 KLEIN_4B = {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680}
@@ -100,7 +104,7 @@ def test_merging_keeps_the_trained_function(parts, subspace):
         for parameter in trainable.trained_parameters(network).values():
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
     network.eval()
-    merged = trainable.merge(trainable.trained_parameters(network), flux2.lift(parts.transformer, subspace))
+    merged = apply_adapter(flux2, parts.transformer, adapter_of(network, subspace))
     assert type(merged) is Flux2Transformer2DModel and merged.state_dict().keys() == lifted.state_dict().keys()
     x, cond = torch.randn(1, 64, 768, generator=torch.Generator().manual_seed(2)), Cond(torch.randn(1, 8, 192))
     with torch.no_grad():
@@ -138,15 +142,15 @@ def pixel_pipeline(parts, subspace):
     return pipeline
 
 
-def test_pipeline_round_trip_draws_identical_pictures(parts, subspace, tmp_path):
+def test_pipeline_round_trip_draws_identical_pictures(parts, subspace, tiny_base, tmp_path):
     def draw(pipe):
         pipe.set_progress_bar_config(disable=True)
         return pipe(["red apple", "rocket"], num_inference_steps=3, generator=torch.Generator().manual_seed(0),
                     output_type="pt").images  # fmt: skip
 
     pipeline = pixel_pipeline(parts, subspace)
-    pipeline.save_pretrained(tmp_path)
-    again = load_pixel_pipeline(str(tmp_path), torch.float32)
+    export(as_converted(pipeline, tiny_base), tmp_path, "pipeline")
+    again = load_pixel_pipeline(tmp_path, torch.float32)
     assert torch.equal(again.subspace.basis, subspace.basis) and torch.equal(again.subspace.scale, subspace.scale)
     first, second = draw(pipeline), draw(again)
     assert first.shape == (2, 3, 128, 128) and torch.equal(first, second)
@@ -200,7 +204,7 @@ def test_unfit_bases_are_refused(tiny_base, tmp_path, parts):
     thin = PixelSubspace.from_fit(torch.eye(768, 64), torch.tensor(1.0))
     with pytest.raises(ValueError, match=r"\(768, 64\).*latent tokens of 128"):
         flux2.lift(parts.transformer, thin)
-    with pytest.raises(ValueError, match="not a pixel pipeline"):
+    with pytest.raises(ValueError, match="is a latent pipeline; convert it first"):
         load_pixel_pipeline(tiny_base, torch.float32)
 
 

@@ -21,9 +21,12 @@ from asymflow_ft import cli
 from asymflow_ft.components.color import PixelCodec
 from asymflow_ft.components.pipelines import flow_solver
 from asymflow_ft.components.subspace import Cond, PixelModel, PixelSubspace
-from asymflow_ft.families import family_of, flux2, load_pixel_pipeline
+from asymflow_ft.export import load_pixel_pipeline
+from asymflow_ft.families import family_of, flux2
+from asymflow_ft.hub.write import export
 from asymflow_ft.method import asymflow
 from asymflow_ft.training import trainable
+from tests.converted import as_converted
 
 LENGTH = 48  # tokens of a prompt, of which the pipeline's system message takes 32
 PARTS = ("vae", "text_encoder", "tokenizer", "transformer", "scheduler")
@@ -206,7 +209,7 @@ def test_base_is_drawn_at_the_distilled_guidance(parts, guidance_seen):
     assert [one.tobytes() for one in drawn] == [one.tobytes() for one in stock.images]
 
 
-def test_pipeline_gives_its_distilled_guidance_to_the_network(parts, subspace, tmp_path, guidance_seen):
+def test_pipeline_gives_its_distilled_guidance_to_the_network(parts, subspace, dev_base, tmp_path, guidance_seen):
     pipeline = pixel_pipeline(parts, subspace)
     first = draw(pipeline)
     assert first.shape == (1, 3, 64, 64) and guidance_seen == [(3.5,)] * 2  # and no unconditional passes
@@ -216,12 +219,13 @@ def test_pipeline_gives_its_distilled_guidance_to_the_network(parts, subspace, t
     pipeline.register_to_config(distilled_guidance=2.0)
     second = draw(pipeline)
     assert guidance_seen[6:] == [(2.0,)] * 2 and not torch.equal(second, first)
-    pipeline.save_pretrained(tmp_path / "once")
-    once = load_pixel_pipeline(str(tmp_path / "once"), torch.float32)
+    export(as_converted(pipeline, dev_base), tmp_path / "once", "pipeline")
+    once = load_pixel_pipeline(tmp_path / "once", torch.float32)
     assert type(once) is flux2.PixelFlux2Pipeline and once.distilled_guidance == 2.0
     torch.testing.assert_close(draw(once), second, rtol=0, atol=2e-4)
-    once.save_pretrained(tmp_path / "twice")  # both from files: tensors placed otherwise in memory round otherwise
-    twice = load_pixel_pipeline(str(tmp_path / "twice"), torch.float32)
+    # both from files: tensors placed otherwise in memory round otherwise
+    export(as_converted(once, dev_base), tmp_path / "twice", "pipeline")
+    twice = load_pixel_pipeline(tmp_path / "twice", torch.float32)
     assert torch.equal(draw(once), draw(twice))
     for name, component in pipeline.components.items():
         if isinstance(component, torch.nn.Module):

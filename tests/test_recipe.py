@@ -84,5 +84,5 @@ def test_missing_keys_and_files(tmp_path):
     with pytest.raises(ValueError, match="no recipe at"):
         load_recipe(tmp_path / "none.yaml")
     (tmp_path / "short.yaml").write_text(yaml.safe_dump({"base": "x"}))
-    with pytest.raises(ValueError, match="the recipe lacks output_dir, data, align, sample"):
+    with pytest.raises(ValueError, match="the recipe lacks output_dir, data, sample"):
         load_recipe(tmp_path / "short.yaml")

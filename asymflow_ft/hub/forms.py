@@ -20,7 +20,7 @@ from diffusers import AutoModel, DiffusionPipeline, ModelMixin
 from huggingface_hub import ModelCard, snapshot_download
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from asymflow_ft.components.color import PixelCodec
 from asymflow_ft.components.pipelines import flow_solver
@@ -102,11 +102,13 @@ class Converted:
         index = load_index(str(self.folder))
         loaded = {}
         for name in self.family.TEXT_PARTS:
-            library, kind = index[name]
+            library, kind_name = index[name]
             if library != "transformers":
                 raise ValueError(f"{self.folder} has a {name} of {library!r}; only transformers' own are loaded")
+            kind = getattr(transformers, kind_name)
+            options = {"dtype": dtype} if issubclass(kind, nn.Module) else {}
             with opening(str(self.folder)):
-                loaded[name] = getattr(transformers, kind).from_pretrained(self.folder / name, dtype=dtype)
+                loaded[name] = kind.from_pretrained(self.folder / name, **options)
         return loaded
 
 
@@ -136,12 +138,6 @@ def open_converted(source: str | Path, base: str | None = None, revision: str | 
     )
 
 
-def load_pipeline(model: Converted, dtype: torch.dtype) -> DiffusionPipeline:
-    """The whole pixel pipeline of an opened model, in the host's memory."""
-    model = model.with_dtype(dtype)
-    return model.pipeline(model.transformer())
-
-
 def add_loras(pipeline: DiffusionPipeline, given: Sequence[str]) -> None:
     """Put style LoRAs on a pipeline.
 
@@ -168,7 +164,11 @@ def _open_merged(path: Path) -> Converted:
     index = path / "model_index.json"
     if index.is_file():  # what stock diffusers reads, so what its user may have edited
         stated = json.loads(index.read_text(encoding="utf-8"))
-        provenance["settings"] = {key: stated[key] for key in provenance["settings"] or {} if key in stated}
+        provenance["settings"] = {
+            key: value
+            for key, value in stated.items()
+            if not (key.startswith("_") or isinstance(value, list) or value is None)
+        }
     trained = None
     if (path / "adapter" / WEIGHTS).is_file():
         state, _, _ = load_adapter(path / "adapter")
