@@ -25,6 +25,18 @@ def family_of(base: str, revision: str | None = None) -> ModuleType:
     raise ValueError(f"{base} is a {name}; asymflow-ft converts {known}")
 
 
+def family_named(name: str) -> ModuleType:
+    """The family module of that name, as asymflow_ft.json states it.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for module in _MODULES:
+        if module.__name__.rpartition(".")[2] == name:
+            return module
+    raise ValueError(f"{name} is no family that this version of asymflow-ft knows; a newer version may")
+
+
 def load_pixel_pipeline(path: str, dtype: torch.dtype) -> DiffusionPipeline:
     """A converted pipeline from a folder or the Hub.
 
