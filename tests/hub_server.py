@@ -220,7 +220,9 @@ class _Request(BaseHTTPRequestHandler):
                 elif line["key"] == "deletedFile":
                     del files[value["path"]]
             commit = repo.commit(files, branch)
-            return _json({"success": True, "commitOid": commit, "commitUrl": f"{self.server.address}/{name}/{commit}"})
+            return _json(
+                {"success": True, "commitOid": commit, "commitUrl": f"{self.server.address}/{name}/commit/{commit}"}
+            )
         return _error(404, "", f"no such address: {self.path}")
 
     def read(self, name: str, repo: Repo, action: str) -> Answer:

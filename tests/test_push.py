@@ -149,8 +149,8 @@ def test_what_is_pushed_comes_back_bit_for_bit(pushed):
 def test_a_broken_upload_goes_on_with_the_same_command(pushed):
     answers, hub, root = pushed
     code, _, wrong = answers["broken"]
-    assert code == 1 and wrong.startswith("error: the connection to the Hub broke; the same command goes on")
-    assert wrong.count("\n") == 1
+    assert code == 1  # the lines before are progress bars
+    assert wrong.splitlines()[-1].startswith("error: the connection to the Hub broke; the same command goes on")
     large = [digest(root / "plain" / name) for name in (WEIGHTS, "subspace/diffusion_pytorch_model.safetensors")]
     assert [hub.received.count(name) for name in large] == [1, 1]
 

@@ -212,8 +212,7 @@ def _limits(provenance: dict[str, Any]) -> str:
     return (
         "Text-to-image drawing, research on pixel-space models, and further finetuning, within the licence below."
         f"{trained} It inherits what its base cannot do, such as long lettering, exact counts and facts, and may have "
-        "lost abilities of the base that its training data does not show. The figures above come from the run that "
-        "made it, not from a public benchmark."
+        "lost abilities of the base that its training data does not show. No public benchmark was run."
     )
 
 
