@@ -99,6 +99,8 @@ def pushed(tmp_path_factory):
     hub.repos[BASE_9B].commit({"LICENSE.md": b"FLUX Non-Commercial License v2.1\n"}, "abc123")
     hub.repos["jane/open"] = Repo()
     hub.repos["jane/open"].commit({"old.safetensors": b""})
+    hub.repos["jane/manual"] = Repo(gated="manual")
+    hub.repos["jane/manual"].commit({})
     hub.breaks = {digest(plain / WEIGHTS): 6}  # a try and five repetitions
     commands = {
         "dry": ("hf_dry", ["push", plain, "--repo", "jane/plain", "--dry-run"]),
@@ -110,6 +112,7 @@ def pushed(tmp_path_factory):
         "unchanged": ("hf_jane", ["push", plain, "--repo", "jane/plain"]),
         "download": (None, ["download", "jane/plain", root / "copy"]),
         "restricted": ("hf_jane", ["push", restricted, "--repo", "jane/restricted"]),
+        "manual": ("hf_jane", ["push", restricted, "--repo", "jane/manual"]),
         "no copy": ("hf_jane", ["push", bound, "--repo", "jane/bound"]),
         "private": ("hf_jane", ["push", private, "--repo", "jane/private", "--private"]),
         "not private": ("hf_jane", ["push", private, "--repo", "jane/open", "--private"]),
@@ -195,6 +198,7 @@ def test_a_non_commercial_model_gets_licence_notice_and_gate(pushed):
     log = [path for _, _, path in hub.log if path.startswith("/api/models/jane/restricted/")]
     gate = log.index("/api/models/jane/restricted/settings")
     assert repo.gated == "auto" and gate < log.index("/api/models/jane/restricted/commit/main")
+    assert answers["manual"][0] == 0 and hub.repos["jane/manual"].gated == "manual"
     assert hub.repos["jane/plain"].gated is False
 
 
@@ -224,7 +228,21 @@ def test_a_public_push_names_all_that_a_non_commercial_licence_misses(tmp_path, 
     assert plan.problems == () and plan.gated and list(plan.texts) == ["NOTICE"]
 
 
+def test_a_card_cannot_replace_a_licence_of_the_bases_own(tmp_path, capsys):
+    folder = export(tmp_path / "x", PROVENANCE, licence={"license": "other", "license_name": "kommunity"})
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    message = refused(folder, capsys)
+    assert "LICENSE.md is missing" in message and "set `license: other`, `license_name: kommunity` in" in message
+    (folder / "LICENSE.md").write_text("The text of the licence.")
+    (folder / "README.md").write_text("---\nlicense: other\nlicense_name: kommunity\n---\n")
+    plan = plan_push(folder, "jane/x", private=False)
+    assert plan.problems == () and not plan.gated and plan.texts == {}
+
+
 def test_an_unknown_licence_is_asked_for(tmp_path, capsys):
+    plain = export(tmp_path / "plain", PROVENANCE)
+    (plain / "README.md").write_text("A model.")
+    assert "does not state the base's licence: set `license: apache-2.0` in" in refused(plain, capsys)
     folder = export(tmp_path / "x", BARE)
     assert "set `license` in the front matter of README.md" in refused(folder, capsys)
     (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n")

@@ -76,7 +76,8 @@ def plan_push(folder: str | Path, repo: str, private: bool) -> Plan:
         terms = model_terms(base, licence, family.MODEL_TERMS)
         texts["README.md"] = model_card(provenance, repo, assets, terms, notice)
         card, stated = (gating(licence) if notice else {}), licence
-    strict = licence if matching(licence, family.NOTICES) else stated
+    special = licence.get("license") == "other" or matching(licence, family.NOTICES)
+    strict = licence if special or not stated else stated
     notices = matching(strict, family.NOTICES)
     if notices and not any(name.startswith("NOTICE") for name in files):
         texts["NOTICE"] = "\n\n".join([*notices, *matching(strict, family.MODEL_TERMS)]) + "\n"
@@ -207,10 +208,10 @@ def _problems(
     """What is missing for a public push.
 
     Args:
-        strict: the licence to keep, the base's or the card's own. stated: what README.md will state. card: its front
-            matter. restricted: the licence is one of the family's NOTICES.
+        strict: the licence to keep: the base's if it is no common one, else the card's. stated: what README.md will
+            state. card: its front matter. restricted: the licence is one of the family's NOTICES.
     """
-    if not strict.get("license") or not stated.get("license"):
+    if not strict.get("license"):
         return [
             f"the licence of the base {base} is unknown: look at its card, then set `license` in the front matter of "
             f'README.md, or "licence": {{"license": ...}} in {FILE} to have it written'
@@ -219,10 +220,9 @@ def _problems(
     name = strict.get("license_name", strict["license"])
     if strict["license"] == "other" and not can_fetch and not any(file.startswith("LICENSE") for file in files):
         problems.append(f"LICENSE.md is missing: put a copy of {name} of the base {base} there")
-    if restricted and stated.get("license_name", stated["license"]) != name:
-        problems.append(
-            f"README.md states another licence than the base: set `license: other`, `license_name: {name}`"
-        )
+    if stated.get("license_name", stated.get("license")) != name:
+        fields = ", ".join(f"`{field}: {value}`" for field, value in strict.items())
+        problems.append(f"README.md does not state the base's licence: set {fields} in its front matter")
     if restricted and not (card.get("extra_gated_prompt") and card.get("extra_gated_fields")):
         fields = yaml.safe_dump(gating(strict), sort_keys=False, width=1000).strip().replace("\n", "\n    ")
         problems.append(f"README.md does not ask readers to accept {name}: add to its front matter\n    {fields}")
