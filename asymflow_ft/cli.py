@@ -17,6 +17,7 @@ from asymflow_ft.evaluation.pictures import contact_sheet
 from asymflow_ft.export import export_any, load_pixel_pipeline
 from asymflow_ft.families import family_of
 from asymflow_ft.hub.forms import add_loras
+from asymflow_ft.hub.push import describe_plan, plan_push, push, refusal
 from asymflow_ft.hub.write import FORMS, SHARD_SIZE
 from asymflow_ft.recipe import Data, load_recipe
 from asymflow_ft.synthesize import Sampling, synthesize
@@ -33,6 +34,7 @@ EXAMPLES = """examples:
   asymflow-ft synthesize --base recipes/tiny/base --prompts recipes/tiny/data/prompts.txt --num 16 --out outputs/drawn
   asymflow-ft export outputs/tiny --form adapter --out outputs/tiny_adapter
   asymflow-ft sample --pipeline outputs/tiny/pipeline --prompt "red apple" --prompt "rocket" --sheet
+  asymflow-ft push outputs/exported --repo user/name --dry-run
 """
 
 
@@ -202,6 +204,19 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--dtype", choices=("bfloat16", "float32"), help="default: bfloat16 on a GPU, float32 on a CPU"
     )
+
+    command = commands.add_parser(
+        "push", help="publish an exported model on the Hugging Face Hub",
+        description="Send an exported folder to the Hub, with a model card and what the base's licence asks for "
+        "(docs/hub.md). The same command continues after an interruption. The token comes from `hf auth login`.",
+    )  # fmt: skip
+    command.set_defaults(run=run_push)
+    command.add_argument("folder", help="what `asymflow-ft export` wrote")
+    command.add_argument("--repo", required=True, help="user/name or organisation/name; created if missing")
+    command.add_argument("--private", action="store_true", help="create the repository as a private one")
+    command.add_argument(
+        "--dry-run", action="store_true", help="list the files, print the card, send and write nothing"
+    )
     return parser
 
 
@@ -314,6 +329,17 @@ def run_synthesize(args: argparse.Namespace) -> None:
     )  # fmt: skip
     if complete:
         print(f"{args.num} pictures in {args.out}; README.md there says what they are and may be used for")
+
+
+def run_push(args: argparse.Namespace) -> int:
+    plan = plan_push(args.folder, args.repo, args.private)
+    if args.dry_run:
+        print(describe_plan(plan))
+        if reason := refusal(plan):
+            print(f"{'warning' if plan.private else 'error'}: {reason}", file=sys.stderr)
+        return 1 if plan.problems and not plan.private else 0
+    print(f"pushed: {push(plan, say=print)}")
+    return 0
 
 
 def default_dtype() -> str:

@@ -229,10 +229,19 @@ def _provenance(result: Result, family: ModuleType, metrics: Mapping[str, Any] |
         "init_from": recipe.init_from, "dtype": "bfloat16" if recipe.train.precision == "bf16" else "float32",
         "weights": result.weights, "step": result.step, "settings": dict(result.settings),
         "pixels": {"space": recipe.pixels.space, "mean": list(recipe.pixels.mean), "std": recipe.pixels.std},
-        "recipe": flat(recipe), "metrics": metrics,
-        "data": json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else None,
-        "alignment": json.loads(report.read_text(encoding="utf-8")) if report.is_file() else None,
+        "recipe": _without_folders(flat(recipe)), "metrics": metrics,
+        "data": _without_folders(json.loads(summary.read_text(encoding="utf-8"))) if summary.is_file() else None,
+        "alignment": _without_folders(json.loads(report.read_text(encoding="utf-8"))) if report.is_file() else None,
     }  # fmt: skip
+
+
+def _without_folders(value: Any) -> Any:
+    """Absolute paths cut to their last name: where a user's files lie is nobody's business on the Hub."""
+    if isinstance(value, dict):
+        return {key: _without_folders(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_folders(inner) for inner in value]
+    return Path(value).name if isinstance(value, str) and value.startswith("/") else value
 
 
 def _pictures(recipe: Recipe) -> dict[str, Path]:

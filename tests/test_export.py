@@ -169,7 +169,7 @@ def test_what_is_wrong_with_an_adapter_is_said(change, message, written, tiny_ba
     change(folder)
     assert cli.main(["export", str(folder), "--form", "merged", "--out", str(tmp_path / "out")]) == 1
     printed = capsys.readouterr().err
-    assert printed.startswith("error: ") and re.search(message, printed), printed
+    assert "error: " in printed and "Traceback" not in printed and re.search(message, printed), printed
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.part").exists()
 
 
@@ -194,7 +194,7 @@ def test_arguments_that_do_not_apply_are_refused(written, tiny_base, tmp_path, c
         form = ["--form", "merged"] if "--form" not in arguments else []
         assert cli.main(["export", *arguments, *out, *form]) == 1
         assert message in capsys.readouterr().err
-    with pytest.raises(ValueError, match=r"has no asymflow_ft\.json"):
+    with pytest.raises(ValueError, match=r"it has no asymflow_ft\.json"):
         shutil.copytree(written / "merged", tmp_path / "bare")
         (tmp_path / "bare/asymflow_ft.json").unlink()
         open_source(str(tmp_path / "bare"))

@@ -1,12 +1,5 @@
 """Where a base may lie: in shards, and on the Hub, which a server on this machine plays."""
 
-import hashlib
-import json
-import os
-import subprocess
-import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -14,7 +7,7 @@ import torch
 
 from asymflow_ft.components.subspace import PixelSubspace
 from asymflow_ft.families import flux2
-from tests.conftest import REPOSITORY
+from tests.hub_server import Hub, Repo, files_of
 
 COMMIT = "c0ffee" + 34 * "0"
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
@@ -45,80 +38,25 @@ ASKED = {
 }
 
 
-class HubRequest(BaseHTTPRequestHandler):
-    """The part of the Hub's interface that loading uses. The repositories user/pictures, user/text and user/locked
-    hold the tiny base on a branch v1; the last refuses the VAE's weights, and user/gated refuses everything."""
-
-    server: "Hub"
-    protocol_version = "HTTP/1.1"
-
-    def do_HEAD(self) -> None:
-        self.answer(body=False)
-
-    def do_GET(self) -> None:
-        self.answer(body=True)
-
-    def answer(self, body: bool) -> None:
-        status, headers, content = self.found()
-        self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(content))}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if body:
-            self.wfile.write(content)
-
-    def found(self) -> tuple[int, dict[str, str], bytes]:
-        files = self.server.files
-        path = self.path.partition("?")[0].removeprefix("/api/models").removeprefix("/")
-        owner, repo, kind, revision, name = [*path.split("/", 4), "", "", "", ""][:5]
-        if repo == "gated":
-            return 403, {"X-Error-Code": "GatedRepo", "X-Error-Message": "Ask for access to user/gated."}, b""
-        if repo not in ("pictures", "text", "locked"):
-            return 404, {"X-Error-Code": "RepoNotFound"}, b""
-        if revision not in ("v1", COMMIT):
-            return 404, {"X-Error-Code": "RevisionNotFound"}, b""
-        if kind == "revision":
-            listed = [{"rfilename": file} for file in files]
-            return 200, {}, json.dumps({"id": f"{owner}/{repo}", "sha": COMMIT, "siblings": listed}).encode()
-        if kind == "tree":
-            listed = [{"type": "file", "path": file, "size": len(files[file]), "oid": COMMIT} for file in files]
-            return 200, {}, json.dumps(listed).encode()
-        if repo == "locked" and name.endswith("vae/diffusion_pytorch_model.safetensors"):
-            return 401, {"X-Error-Code": "GatedRepo", "X-Error-Message": "Log in to read the weights."}, b""
-        if self.command == "GET":
-            self.server.fetched.append((repo, name))
-        content = files[name]
-        return 200, {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": COMMIT}, content
-
-    def log_message(self, *arguments: object) -> None:
-        pass
-
-
-class Hub(ThreadingHTTPServer):
-    def __init__(self, folder: Path):
-        super().__init__(("127.0.0.1", 0), HubRequest)
-        paths = [path for path in folder.rglob("*") if path.is_file()]
-        self.files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
-        self.fetched: list[tuple[str, str]] = []
-
-
 @pytest.fixture(scope="module")
 def loaded(tiny_base, tmp_path_factory):
     """(answer to each request, files fetched from each repository).
 
     All requests go through one other process: huggingface_hub reads its environment when it is imported.
     """
-    with Hub(Path(tiny_base)) as hub:
-        threading.Thread(target=hub.serve_forever, daemon=True).start()
-        env = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and not k.lower().endswith("_proxy")}
-        home = tmp_path_factory.mktemp("huggingface")
-        env |= {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(home)}
-        command = [sys.executable, "-c", CLIENT, json.dumps(list(ASKED.values()))]
-        done = subprocess.run(command, env=env, cwd=REPOSITORY, text=True, capture_output=True, timeout=300)
-        hub.shutdown()
-    assert done.returncode == 0, done.stderr
-    answers = dict(zip(ASKED, json.loads(done.stdout.splitlines()[-1]), strict=True))
-    return answers, {repo: [name for where, name in hub.fetched if where == repo] for repo, _ in hub.fetched}
+    files = files_of(Path(tiny_base))
+    with Hub().running() as hub:
+        for name, refused, refusal in (
+            ("pictures", None, (403, "")),
+            ("text", None, (403, "")),
+            ("locked", "vae/diffusion_pytorch_model.safetensors", (401, "Log in to read the weights.")),
+            ("gated", "", (403, "Ask for access to user/gated.")),
+        ):
+            hub.repos[f"user/{name}"] = Repo(refused=refused, refusal=refusal)
+            hub.repos[f"user/{name}"].commit(files, "v1", COMMIT)
+        answers = hub.client(CLIENT, list(ASKED.values()), tmp_path_factory.mktemp("huggingface"))
+    fetched = {repo: [name for where, name in hub.fetched if where == f"user/{repo}"] for repo in ("pictures", "text")}
+    return dict(zip(ASKED, answers, strict=True)), fetched
 
 
 def test_only_the_parts_asked_for_are_downloaded(loaded):

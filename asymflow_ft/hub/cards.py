@@ -38,12 +38,42 @@ def licence_terms(base: str, licence: dict[str, str], consequences: dict[str, st
             f"Licence of the base {base}: unknown, its card could not be read or names none. Look at the card before "
             "you use the pictures: the base's licence decides what they may be used for."
         )
-    name = licence.get("license_name") or licence.get("license") or "unnamed"
-    link = f" ({licence['license_link']})" if "license_link" in licence else ""
-    known = [consequence for part, consequence in consequences.items() if part in name.lower()]
     return " ".join(
-        [f"Licence of the base {base}: {name}{link}. It decides what the pictures may be used for.", *known]
+        [
+            f"Licence of the base {base}: {_named(licence)}. It decides what the pictures may be used for.",
+            *matching(licence, consequences),
+        ]
     )
+
+
+def model_terms(base: str, licence: dict[str, str], consequences: dict[str, str]) -> str:
+    """What to tell those who use a model made from a base.
+
+    Args:
+        licence: see card_licence. consequences: the family's MODEL_TERMS.
+    """
+    if not licence:
+        return (
+            f"Licence of the base {base}: unknown, its card could not be read or names none. Look at the card before "
+            "you use this model: the base's licence covers what is made from it."
+        )
+    return " ".join(
+        [
+            f"Licence of the base {base}: {_named(licence)}. It covers this model, which was made from the base.",
+            *matching(licence, consequences),
+        ]
+    )
+
+
+def matching(licence: dict[str, str], table: dict[str, str]) -> list[str]:
+    """The entries of a family's table (part of a licence's name -> text) that concern a licence."""
+    name = f"{licence.get('license', '')} {licence.get('license_name', '')}".lower()
+    return [text for part, text in table.items() if part in name]
+
+
+def _named(licence: dict[str, str]) -> str:
+    name = licence.get("license_name") or licence.get("license") or "unnamed"
+    return f"{name} ({licence['license_link']})" if "license_link" in licence else name
 
 
 def hub_commit(base: str, revision: str | None = None) -> str | None:

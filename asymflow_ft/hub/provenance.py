@@ -30,7 +30,7 @@ def read_provenance(folder: str | Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"{folder} has no {FILE}; make such a folder with `asymflow-ft export`") from None
+        raise ValueError(f"{folder} is not an export: it has no {FILE}; make one with `asymflow-ft export`") from None
     except (OSError, ValueError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from error
     if not isinstance(found, dict):
