@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -25,13 +26,18 @@ class PixelSubspace(ModelMixin, ConfigMixin):
         pixel_dim: values of a pixel patch, 3 * patch**2. rank: values of a latent token. patch: side of a patch.
     """
 
-    _keep_in_fp32_modules = ["basis", "scale"]  # a bf16 basis is orthonormal only to 3e-3
-
     @register_to_config
     def __init__(self, pixel_dim: int = 768, rank: int = 128, patch: int = 16):
         super().__init__()
         self.register_buffer("basis", torch.eye(pixel_dim, rank))
         self.register_buffer("scale", torch.ones(()))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **options: Any) -> "PixelSubspace":
+        """As in diffusers, but always in float32: a bf16 basis is orthonormal only to 3e-3."""
+        # diffusers' own way, `_keep_in_fp32_modules`, cannot load without accelerate
+        options = {name: value for name, value in options.items() if name not in ("dtype", "torch_dtype")}
+        return super().from_pretrained(folder, **options, torch_dtype=torch.float32)
 
     @staticmethod
     def from_fit(basis: Tensor, scale: Tensor) -> "PixelSubspace":

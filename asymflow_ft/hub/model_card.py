@@ -1,8 +1,7 @@
 """README.md of a pushed model, from its provenance (asymflow_ft.json)."""
 
 import json
-from pathlib import PurePath
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import yaml
@@ -83,7 +82,7 @@ def gating(licence: dict[str, str]) -> dict[str, Any]:
 
 def is_hub_id(name: str | None) -> bool:
     """Whether a base is a repository and no local folder."""
-    return bool(name) and str(name).count("/") == 1 and not str(name).startswith(("/", ".")) and not Path(name).exists()
+    return name is not None and name.count("/") == 1 and name[0] not in "/." and not Path(name).exists()
 
 
 def _front_matter(provenance: dict[str, Any], has_samples: bool, gated: bool) -> ModelCardData:
