@@ -7,6 +7,7 @@ lies in a folder is run here.
 """
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -152,6 +153,7 @@ def add_loras(pipeline: DiffusionPipeline, given: Sequence[str]) -> None:
         path, _, weight = one.rpartition("=") if "=" in one else (one, "", "1")
         try:
             weights[f"lora_{i}"] = float(weight)
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several are meant
             pipeline.load_lora_weights(path, adapter_name=f"lora_{i}", use_safetensors=True)
         except (OSError, ValueError, RuntimeError, SafetensorError, HFValidationError) as error:
             raise ValueError(f"the LoRA {one} cannot be put on this model: {error}") from error

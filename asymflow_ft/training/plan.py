@@ -122,6 +122,8 @@ def out_of_memory(recipe: Recipe, error: Exception) -> str:
 
 def describe_base(recipe: Recipe, repository: Repository | None, total: int) -> list[str]:
     lines = [f"base {recipe.base}: {total:,} parameters"]
+    if recipe.init_from:
+        lines.append(f"  goes on from {recipe.init_from}, which is not looked at here")
     if repository is None:
         return [
             *lines,
@@ -149,7 +151,8 @@ def describe_trained(plan: MemoryPlan, output: str, ends: Sequence[str], total: 
             return train.lr_output
         return train.lr_ends if name in ends and train.lr_ends is not None else train.lr
 
-    kind = "all weights" if lora is None else "LoRA, and the end layers whole"
+    kind = "LoRA alone" if plan.recipe.is_style else "LoRA, and the end layers whole"
+    kind = "all weights" if lora is None else kind
     return [
         f"{sum(groups.values()):,} will be trained ({kind}), {sum(groups.values()) / total:.1%} of the base",
         *(f"  {name:<22}{number:>15,}   learning rate {rate(name):g}" for name, number in groups.items()),
@@ -193,10 +196,10 @@ def disk_need(
     need = {
         "download": 0 if repository is None else sum(repository.missing.values()),
         "text embeddings": texts * recipe.text.max_length * text_dim * width,
-        "latents": images * latent_values * 2,
+        "latents": images * latent_values * 2 if recipe.loss.variance_reduction else 0,
         # a new one is whole before the oldest goes
         f"checkpoints, {recipe.train.keep_checkpoints} + 1": checkpoint * (recipe.train.keep_checkpoints + 1),
-        "pipeline": plan.tensors.frozen + _text_encoder(repository),
+        "pipeline": 0 if recipe.is_style else plan.tensors.frozen + _text_encoder(repository),
     }
     return {name: size for name, size in need.items() if size}
 
@@ -224,8 +227,8 @@ def describe_time(plan: MemoryPlan, tflops: float | None) -> list[str]:
         f"{f', {images * processes} on {processes} processes' if processes > 1 else ''} -> {recipe.output_dir}",
         f"  {step.flops * train.accumulation / 1e12:.4g} TFLOP per step and process: "
         f"{step.flops / step.forward_flops:.2f} x a forward pass of "
-        f"{step.forward_flops / train.batch_size / 1e12:.3g} TFLOP per image (counted: forward, reference, backward"
-        f"{', recomputation' if train.gradient_checkpointing else ''})",
+        f"{step.forward_flops / train.batch_size / 1e12:.3g} TFLOP per image (counted: forward, "
+        f"{'reference, ' if recipe.loss.variance_reduction else ''}backward{', recomputation' if train.gradient_checkpointing else ''})",
         f"  {pictures} pictures of {sample.steps} steps: {drawing / (training + drawing):.0%} of all arithmetic",
     ]
     for rate, what in THROUGHPUTS if tflops is None else ((tflops, "as given"),):

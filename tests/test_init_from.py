@@ -1,0 +1,239 @@
+"""Training that starts from a converted model: going on with it, or a style LoRA on top."""
+
+import json
+import re
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from asymflow_ft import cli, finetune
+from asymflow_ft.components.color import PixelCodec
+from asymflow_ft.components.subspace import Cond, PixelModel
+from asymflow_ft.data.prepare import Batch
+from asymflow_ft.export import load_pixel_pipeline
+from asymflow_ft.families import flux2
+from asymflow_ft.hub.forms import add_loras, open_converted
+from asymflow_ft.hub.provenance import read_provenance
+from asymflow_ft.hub.write import export
+from asymflow_ft.method.patches import to_tokens
+from asymflow_ft.recipe import load_recipe
+from asymflow_ft.training.checkpoint import list_checkpoints
+from asymflow_ft.training.objective import draw_noise, training_terms
+from tests.conftest import REPOSITORY
+from tests.converted import as_converted, converted_lora
+
+RECIPE = str(REPOSITORY / "recipes/tiny/finetune.yaml")
+PIXELS = ["pixels.mean=[0.5, 0.0, 0.0]", "pixels.std=0.25"]
+STYLE = ["lora={rank: 2, ends: false}", "loss.variance_reduction=false", "noise.shift=3"]
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(autouse=True)
+def in_repository(monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+
+
+@pytest.fixture(scope="module")
+def start(tiny_base, tmp_path_factory):
+    """A conversion of rank 3, as an adapter and as a pipeline."""
+    folder = tmp_path_factory.mktemp("start")
+    for form in ("adapter", "pipeline"):
+        export(converted_lora(tiny_base), folder / form, form)
+    return folder
+
+
+def run(out, init_from, *overrides):
+    return finetune.main([
+        RECIPE, f"output_dir={out}", f"init_from={init_from}", "align.path=null", "align.mode=require", "data.limit=6",
+        "data.held_out=2", "data.resolution=64", "sample.steps=1", "sample.count=1", "sample.judge=0",
+        "sample.every=0", "train.batch_size=2", "train.warmup=1", "train.ema_start=1", "train.checkpoint_every=1",
+        f"cache.folder={out.parent / 'cache'}", *PIXELS, *overrides,
+    ])  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["adapter", "pipeline"])
+def test_a_conversion_goes_on_where_it_stood(form, start, tiny_base, tmp_path):
+    out = tmp_path / "run"
+    assert run(out, start / form, "lora={rank: 3}", "train.steps=1") == 0
+    stored = open_converted(start / form)
+    held_out = json.loads((out / "logs/held_out_step_0.json").read_text())
+    assert run(tmp_path / "full", start / form, "lora=null", "train.steps=1") == 0
+    in_full = json.loads((tmp_path / "full/logs/held_out_step_0.json").read_text())
+    assert held_out == pytest.approx(in_full, rel=1e-4)  # adapters beside the base, or folded in: the same network
+    assert held_out["0.7"] > 0
+    trained = load_file(list_checkpoints(out / "checkpoints")[-1] / "trained.safetensors")
+    moved = [
+        (trained["x_embedder.modules_to_save.default.weight"] - stored.trained["x_embedder.weight"]).abs().max(),
+        (trained["single_transformer_blocks.0.attn.to_out.lora_A.default.weight"]
+         - stored.trained["single_transformer_blocks.0.attn.to_out.lora_A.weight"]).abs().max(),
+    ]  # fmt: skip
+    assert all(0 < change < 2e-3 for change in moved)  # one step of Adam
+    assert read_provenance(out / "pipeline")["init_from"] == str(start / form)
+    assert torch.equal(open_converted(out / "pipeline").subspace.basis, stored.subspace.basis)
+
+
+def test_checkpoints_are_exported_with_either_weights(start, tmp_path):
+    out = tmp_path / "run"
+    assert run(out, start / "adapter", "lora={rank: 3}", "train.steps=3", "train.keep_checkpoints=3") == 0
+    checkpoints = list_checkpoints(out / "checkpoints")
+
+    def exported(source, *options):
+        folder = tmp_path / f"{len(list(tmp_path.iterdir()))}"
+        assert cli.main(["export", str(source), "--form", "adapter", "--out", str(folder), *options]) == 0
+        return load_file(folder / WEIGHTS), read_provenance(folder)
+
+    newest, stated = exported(out)
+    finished = load_file(out / f"pipeline/adapter/{WEIGHTS}")
+    assert all(torch.equal(newest[name], finished[name]) for name in newest | finished)
+    assert stated["weights"] == "ema" and stated["step"] == 3 and stated["metrics"]["run"]["steps"] == 3
+    plain, stated = exported(out, "--no-ema")
+    assert stated["weights"] == "trained" and stated["metrics"] is None
+    last = load_file(checkpoints[-1] / "trained.safetensors")
+    assert torch.equal(plain["proj_out.weight"], last["proj_out.modules_to_save.default.weight"])
+    assert not torch.equal(plain["proj_out.weight"], newest["proj_out.weight"])
+    earlier, stated = exported(checkpoints[0])
+    assert stated["step"] == 1 and not torch.equal(earlier["proj_out.weight"], newest["proj_out.weight"])
+
+
+@pytest.fixture(scope="module")
+def styles(start, tmp_path_factory):
+    """Two style LoRAs of other seeds on one converted model; the first interrupted after a step."""
+    folder, here = tmp_path_factory.mktemp("styles"), pytest.MonkeyPatch()
+    here.chdir(REPOSITORY)
+    for i, steps in enumerate([(1, 3), (3,)]):
+        for count in steps:
+            assert run(folder / f"style_{i}", start / "pipeline", *STYLE, f"seed={i}", f"train.steps={count}") == 0
+    here.undo()
+    return folder
+
+
+def test_a_style_is_the_blocks_adapters_alone(styles, start):
+    for folder in (styles / "style_0/lora", styles / "style_1/lora"):
+        state = load_file(folder / "pytorch_lora_weights.safetensors")
+        assert all(name.startswith("transformer.") and ".lora_" in name for name in state)
+        network = open_converted(start / "pipeline").transformer()
+        assert {name.split(".lora_")[0] for name in state} == {
+            f"transformer.{name}" for name in flux2.lora_targets(network)
+        }
+        stated = read_provenance(folder)
+        assert stated["form"] == "lora" and stated["init_from"] == str(start / "pipeline")
+    assert not (styles / "style_0/pipeline").exists() and not (styles / "style_0/samples/base").exists()
+    assert not list((styles / "cache").glob("latents/*.safetensors"))  # plain flow matching needs none
+
+
+def test_an_interrupted_style_is_the_same_style(styles, start, tmp_path):
+    shutil.copytree(styles / "cache", tmp_path / "cache")
+    assert run(tmp_path / "straight", start / "pipeline", *STYLE, "seed=0", "train.steps=3") == 0
+    one, other = (
+        load_file(folder / "lora/pytorch_lora_weights.safetensors")
+        for folder in (styles / "style_0", tmp_path / "straight")
+    )
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@torch.no_grad()
+def test_several_styles_add_up_by_their_weights(styles, start):
+    pipeline = load_pixel_pipeline(start / "pipeline", torch.float32)
+    network = pipeline.transformer
+    name = "transformer_blocks.0.ff.linear_in"
+    before = network.get_submodule(name).weight.clone()
+    generator = torch.Generator().manual_seed(0)
+    x, embeds = torch.randn(1, 16, 768, generator=generator), torch.randn(1, 8, 192, generator=generator)
+
+    def output():
+        return flux2.predict(network, x, torch.tensor([0.5]), Cond(embeds), (4, 4))
+
+    plain = output()
+    folders = [styles / f"style_{i}/lora" for i in range(2)]
+    add_loras(pipeline, [f"{folders[0]}=0.5", str(folders[1])])
+    both = output()
+    assert not torch.allclose(both, plain, atol=1e-5)
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    torch.testing.assert_close(output(), both, atol=1e-5, rtol=1e-4)
+    expected = before
+    for folder, weight in zip(folders, (0.5, 1.0), strict=True):
+        state = load_file(folder / "pytorch_lora_weights.safetensors")
+        up, down = (state[f"transformer.{name}.lora_{side}.weight"] for side in "BA")
+        expected = expected + weight * up @ down
+    torch.testing.assert_close(network.get_submodule(name).weight, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_sample_takes_styles(styles, start, tmp_path, capsys):
+    base = ["sample", "--pipeline", str(start / "adapter"), "--prompt", "x", "--steps", "1"]
+    style = str(styles / "style_0/lora")
+    assert cli.main([*base, "--lora", style, "--lora", f"{style}=0.3", "--out", str(tmp_path / "a")]) == 0
+    for wrong, message in ((f"{style}=much", "could not convert"), (str(tmp_path / "none"), "cannot be put on")):
+        assert cli.main([*base, "--lora", wrong, "--out", str(tmp_path / "b")]) == 1
+        assert message in capsys.readouterr().err
+    exported = ["export", str(styles / "style_0"), "--out", str(tmp_path / "c"), "--form"]
+    assert cli.main([*exported, "merged"]) == 1 and "choose --form lora" in capsys.readouterr().err
+    assert cli.main([*exported, "lora"]) == 0
+    one, other = (load_file(f"{f}/pytorch_lora_weights.safetensors") for f in (style, tmp_path / "c"))
+    assert all(torch.equal(one[name], other[name]) for name in one | other)
+
+
+def test_a_run_does_not_go_on_from_another_start(styles, start, tiny_base, tmp_path, capsys):
+    shutil.copytree(start / "adapter", tmp_path / "adapter")
+    out = tmp_path / "run"
+    assert run(out, tmp_path / "adapter", *STYLE, "train.steps=1") == 0
+    shutil.rmtree(tmp_path / "adapter")
+    other = converted_lora(tiny_base, seed=0)
+    other.trained["proj_out.weight"][0, 0] += 1
+    export(other, tmp_path / "adapter", "adapter")
+    assert run(out, tmp_path / "adapter", *STYLE, "train.steps=2") == 1
+    assert "began with other init_from" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["lora={rank: 8}"], "has LoRA of rank 3; set lora.rank=3"),
+        (["lora={rank: 3}", "pixels.std=0.16"], r"works in pixels\.space=oklab pixels\.mean=\[0\.5"),
+        (["lora={rank: 3}", "align.path=somewhere"], "align.path and init_from are both given"),
+        (["lora={rank: 3}", "init_from=null"], "align.path and init_from are missing, both"),
+        (["lora={rank: 3, ends: false}"], "set loss.variance_reduction=false"),
+        (["lora={rank: 3}", "loss.variance_reduction=false", "loss.perceptual=lpips"], "set loss.perceptual=none"),
+        ([*STYLE, "init_from=null", "align.path=x"], "set init_from to a converted model"),
+        (["lora={rank: 3}", "init_from=recipes/tiny/base"], "is a latent pipeline; convert it first"),
+        (["lora={rank: 3}", "init_from=no/where"], "cannot open"),
+    ],
+)
+def test_starts_that_cannot_be_are_refused(overrides, message, start, tmp_path, capsys):
+    assert run(tmp_path / "run", start / "adapter", "train.steps=1", *overrides) == 1
+    printed = capsys.readouterr().err
+    assert re.search(message, printed), printed
+
+
+def test_a_full_finetune_has_no_adapter_to_go_on_with(start, tiny_base, tmp_path, capsys):
+    pipeline = load_pixel_pipeline(start / "adapter", torch.float32)
+    export(as_converted(pipeline, tiny_base), tmp_path / "whole", "merged")
+    assert run(tmp_path / "run", tmp_path / "whole", "lora={rank: 3}", "train.steps=1") == 1
+    assert "has no LoRA factors to go on with" in capsys.readouterr().err
+    assert run(tmp_path / "run", tmp_path / "whole", *STYLE, "train.steps=1") == 0
+
+
+def test_plain_flow_matching_is_the_error_of_the_clean_estimate(tiny_base):
+    """Its loss is w |x0_hat - x0|^2 / max(sigma, floor)^2 and does not look at latents."""
+    overrides = ["align.path=x", "loss.variance_reduction=false", "lora={rank: 2}"]
+    recipe = load_recipe(RECIPE, overrides)
+    model = converted_lora(tiny_base)
+    network = PixelModel(model.with_dtype(torch.float32).transformer(), model.subspace, flux2.predict)
+    generator, codec = torch.Generator().manual_seed(1), PixelCodec()
+    rgb, embeds = torch.rand(2, 3, 64, 64, generator=generator) * 2 - 1, torch.randn(2, 8, 192, generator=generator)
+    batch = Batch(rgb, torch.empty(2, 0, 0), embeds, [3, 4], ["a", "b"])
+    terms = training_terms(recipe, network, None, codec, None, batch, 3.0, torch.device("cpu"))
+    x0 = to_tokens(codec.encode(rgb), 16)
+    _, eps = draw_noise([3, 4], *x0.shape[1:], recipe.seed)
+    sigma = terms.sigma[:, None, None]
+    estimate = network.clean(torch.lerp(x0, eps, sigma), sigma, Cond(embeds), (4, 4))
+    error = (estimate - x0).square().mean((1, 2)) / terms.sigma.clamp(min=0.05) ** 2
+    torch.testing.assert_close(terms.mse, recipe.loss.mse * error)
+    assert not terms.coefficient.any() and not terms.perceptual.any()
+    again = training_terms(
+        recipe, network, None, codec, None, replace(batch, z0=torch.ones(2, 16, 128)), 3.0, torch.device("cpu")
+    )
+    assert torch.equal(again.loss(), terms.loss())
