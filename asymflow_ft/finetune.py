@@ -150,7 +150,8 @@ def finetune(recipe: Recipe) -> None:
     patch = subspace.config["patch"]
     data = prepare(recipe, family, images, patch, accelerator)
     material = {
-        "images to train on": content_key(*data.train.entries), "held-out images": content_key(*data.held_out.entries),
+        "images to train on": content_key(*data.train.material()),
+        "held-out images": content_key(*data.held_out.material()),
         "prompts": content_key(*data.prompts), "subspace": content_key(*subspace.float32()[0].sum(0).tolist()),
     }  # fmt: skip
     on_main(accelerator, lambda: check_same(out, material))

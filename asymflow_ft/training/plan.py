@@ -78,17 +78,22 @@ def dry_run(recipe: Recipe, tflops: float | None = None, card_gb: float | None =
     # streams are counted, not downloaded
     opened = [open_sources(Data(mix=(part,))) for part in data.parts() if not part.streaming]
     streamed = sum(part.limit or 0 for part in data.parts() if part.streaming)
+    numbers = [part.conditions(row) for part in opened for row in range(len(part))]
+    unseen = [part.limit or 0 for part in data.parts() if part.streaming and part.condition_column is not None]
+    conditions, most = sum(numbers) + sum(unseen), max([0, *numbers, *(1 for _ in unseen)])
     images = sum(map(len, opened)) + streamed
     captions = {caption for part in opened for row in range(len(part)) for caption in part.captions(row)}
     texts = len({"", *read_prompts(recipe.sample.prompts), *captions}) + streamed
     base = family.transformer_on_meta(recipe.base, recipe.revision)
     vae = vae_on_meta(recipe.base, recipe.revision)
     repository = open_repository(recipe.base, recipe.revision)
-    plan = plan_memory(recipe, family, base, vae, _text_encoder(repository))
+    plan = plan_memory(recipe, family, base, vae, _text_encoder(repository), most)
     if card_gb is None and torch.cuda.is_available():
         card_gb = torch.cuda.get_device_properties(0).total_memory / 1e9
     tokens = (data.resolution // family.pixel_patch(vae)) ** 2
-    disk = disk_need(plan, repository, images, texts, tokens * family.latent_dim(vae), family.text_dim(base))
+    disk = disk_need(
+        plan, repository, images + conditions, texts, tokens * family.latent_dim(vae), family.text_dim(base)
+    )
     limit = 80.0 if card_gb is None else card_gb
     advice = advise(plan, family, base, vae, int(limit * 1e9))
     total = sum(p.numel() for p in base.parameters())
@@ -104,18 +109,27 @@ def dry_run(recipe: Recipe, tflops: float | None = None, card_gb: float | None =
             describe_time(plan, tflops),
             [
                 f"data {', '.join(part.source for part in data.parts())}: {images} images"
-                f"{f', {streamed} of them streamed' if streamed else ''}, {texts} texts to encode"
+                f"{f', {streamed} of them streamed' if streamed else ''}, {texts} texts to encode",
+                *(_describe_conditions(conditions, most, bool(unseen)) if conditions else ()),
             ],
         )
         if lines
     )
 
 
+def _describe_conditions(number: int, most: int, guessed: bool) -> list[str]:
+    return [
+        f"condition images: {number}, up to {most} of an image, which the figures above take every image to have"
+        + (" (streams are taken to have one)" if guessed else "")
+    ]
+
+
 def out_of_memory(recipe: Recipe, error: Exception) -> str:
     """What to say after a CUDA out-of-memory error; takes some seconds."""
     family = family_of(recipe.base, recipe.revision)
     base, vae = family.transformer_on_meta(recipe.base, recipe.revision), vae_on_meta(recipe.base, recipe.revision)
-    plan = plan_memory(recipe, family, base, vae, text_encoder=0)
+    conditions = int(any(part.condition_column is not None for part in recipe.data.parts()))
+    plan = plan_memory(recipe, family, base, vae, 0, conditions)
     advice = "; ".join(map(str, advise(plan, family, base, vae))) or "none; a larger card is needed"
     return f"{error}\nthese recipe keys would help most: {advice}"
 
