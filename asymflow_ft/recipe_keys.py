@@ -32,9 +32,7 @@ class Data:
     subset: str | None = None  # of a Hub dataset that has several
     image_column: str = "image"
     caption_column: str = "text"
-    condition_column: str | None = (
-        None  # holds the condition image(s) of each image, for editing; null: there are none
-    )
+    condition_column: str | None = None  # its condition image or list of them, to train editing; null: there are none
     streaming: bool = False  # downloads the first `limit` images of a Hub dataset and no others
     limit: int | None = None  # use the first images only
     resolution: int = 1024

@@ -200,7 +200,7 @@ def test_latents_are_the_modes_and_shared_with_targets(pairs, monkeypatch):
     for batch in firsts:
         if partner[batch.names[0]] in targets:
             assert torch.equal(batch.z_references[0], targets[partner[batch.names[0]]])
-    _, sampled = prepared_of(pairs, "data.latents=sample")
+    _, sampled = prepared_of(pairs, "data.latents=sample", f"cache.folder={pairs.parent / 'other'}")
     for i, batch in enumerate(firsts):
         other = sampled.train.first(i)
         assert torch.equal(batch.z_references[0], other.z_references[0]) and not torch.equal(batch.z0, other.z0)

@@ -120,17 +120,19 @@ class Allocations(rehearsal.Meter):
     [
         (LORA, "train.precision=bf16"),
         (LORA, "train.precision=bf16", "train.gradient_checkpointing=true", "train.batch_size=3"),
+        (LORA, "train.precision=bf16", "data.condition_resolution=96", "train.batch_size=2"),
         (LORA, "train.precision=bf16", "loss.perceptual=lpips", "train.batch_size=2"),
         ("lora=null", "train.precision=no", "data.resolution=192", "train.batch_size=2"),
         ("lora=null", "train.precision=bf16", "train.gradient_checkpointing=true"),
     ],
-    ids=["lora", "lora-checkpointing", "lora-lpips", "full", "full-checkpointing"],
+    ids=["lora", "lora-checkpointing", "lora-conditions", "lora-lpips", "full", "full-checkpointing"],
 )
 def test_rehearsal_holds_what_a_real_step_allocates(overrides, small, monkeypatch):
     recipe = tiny_recipe(*overrides)
+    conditions = 2 if recipe.data.condition_resolution else 0
 
     def step():
-        return rehearsal.rehearse_step(recipe, flux2, *memory.build_networks(recipe, flux2, *small))
+        return rehearsal.rehearse_step(recipe, flux2, *memory.build_networks(recipe, flux2, *small), conditions)
 
     for_gpu = step()
     monkeypatch.setattr(rehearsal, "as_on_cuda", contextlib.nullcontext)
