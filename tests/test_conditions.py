@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from asymflow_ft import cli, finetune
 from asymflow_ft.components.color import PixelCodec
 from asymflow_ft.components.subspace import Cond, PixelModel, PixelSubspace
-from asymflow_ft.data.prepare import collate
+from asymflow_ft.data.prepare import Entry, collate
 from asymflow_ft.data.source import open_sources
 from asymflow_ft.families import flux2
 from asymflow_ft.method.asymflow import lift
@@ -179,6 +179,13 @@ def test_resolution_of_condition_images(pairs):
                 assert abs(one.size[0] * one.size[1] / side**2 - 1) < 0.2
     with pytest.raises(ValueError, match=r"data.condition_resolution 90 is not a multiple of the patch, 16"):
         prepared_of(pairs, "data.condition_resolution=90")
+
+
+def test_entries_keep_the_text_form_under_which_older_runs_know_them():
+    beside = Entry(3, (64, 64), "other", 1.0, image=1)
+    assert str(Entry(3, (64, 48), "digest", 1.0, conditions=(beside,))) == (
+        "Entry(row=3, size=(64, 48), digest='digest', weight=1.0)"
+    )
 
 
 def test_latents_are_the_modes_and_shared_with_targets(pairs, monkeypatch):

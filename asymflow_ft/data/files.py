@@ -13,11 +13,11 @@ from typing import Any
 
 import datasets
 
-from asymflow_ft.data.rows import FILE_COLUMNS, Files, caption_list
+from asymflow_ft.data.rows import CONDITION_COLUMNS, FILE_COLUMNS, Files, caption_list
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff"}
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-INDEX_VERSION = 2  # part of the key under which `datasets` caches a tar index; raise it when the index changes
+INDEX_VERSION = 1  # part of the key under which `datasets` caches a tar index; raise it when the index changes
 
 
 def walk(folder: Path) -> list[str]:
@@ -180,12 +180,10 @@ def _file_names(value: Any, where: str) -> list[str]:
 
 def _files(paths: list[str], captions: list[list[str]] | None, conditions: list[list[str]] | None = None) -> Files:
     whole = [None] * len(paths)
-    columns = {
-        "path": paths, "member": whole, "offset": whole, "size": whole, "captions": captions or whole,
-        "conditions": conditions or whole,
-    }  # fmt: skip
+    columns = {"path": paths, "member": whole, "offset": whole, "size": whole, "captions": captions or whole}
     try:
-        return Files(datasets.Dataset.from_dict(columns, FILE_COLUMNS))
+        more = None if conditions is None else datasets.Dataset.from_dict({"paths": conditions}, CONDITION_COLUMNS)
+        return Files(datasets.Dataset.from_dict(columns, FILE_COLUMNS), more)
     except UnicodeEncodeError as error:
         raise ValueError(f"the file name {error.object!r} is not UTF-8; rename the file") from error
 
@@ -242,7 +240,6 @@ def _index_shard(shard: str, caption_column: str | None) -> list[dict[str, Any]]
         {
             "path": shard, "member": _printable(member.name), "offset": member.offset_data, "size": member.size,
             "captions": None if caption_column is None else _tar_captions(shard, stem, texts, caption_column),
-            "conditions": None,
         }
         for stem, member in images.items()
     ]  # fmt: skip

@@ -16,9 +16,10 @@ FILE_COLUMNS = datasets.Features(
         "offset": datasets.Value("int64"),
         "size": datasets.Value("int64"),
         "captions": datasets.List(datasets.Value("string")),
-        "conditions": datasets.List(datasets.Value("string")),  # paths of condition images
     }
 )
+
+CONDITION_COLUMNS = datasets.Features({"paths": datasets.List(datasets.Value("string"))})
 
 
 class Rows(Protocol):
@@ -55,9 +56,10 @@ class Rows(Protocol):
 
 @dataclass(frozen=True)
 class Files:
-    """Rows of FILE_COLUMNS."""
+    """Rows of FILE_COLUMNS, and beside them in `more` the paths of each row's condition images (CONDITION_COLUMNS)."""
 
     table: datasets.Dataset
+    more: datasets.Dataset | None = None
 
     def __len__(self) -> int:
         return len(self.table)
@@ -65,26 +67,29 @@ class Files:
     def captions(self, row: int) -> tuple[str, ...]:
         return tuple(self.table[row]["captions"] or ())
 
+    def _conditions(self, row: int) -> list[str]:
+        return [] if self.more is None else self.more[row]["paths"]
+
     def conditions(self, row: int) -> int:
-        return len(self.table[row]["conditions"] or ())
+        return len(self._conditions(row))
 
     def name(self, row: int, image: int = 0) -> str:
-        at = self.table[row]
         if image:
-            return at["conditions"][image - 1]
+            return self._conditions(row)[image - 1]
+        at = self.table[row]
         return at["path"] if at["member"] is None else f"{at['path']}: {at['member']}"
 
     def stamp(self, row: int, image: int = 0) -> str:
-        at = self.table[row]
         if image:
-            return file_stamp(at["conditions"][image - 1])
+            return file_stamp(self._conditions(row)[image - 1])
+        at = self.table[row]
         stamp = file_stamp(at["path"])
         return stamp if at["member"] is None else f"{stamp}:{at['offset']}"
 
     def content(self, row: int, image: int = 0) -> bytes:
-        at = self.table[row]
         if image:
-            return read_file(at["conditions"][image - 1])
+            return read_file(self._conditions(row)[image - 1])
+        at = self.table[row]
         if at["member"] is None:
             return read_file(at["path"])
         content = read_file(at["path"], at["offset"], at["size"])
