@@ -12,6 +12,7 @@ from asymflow_ft import finetune
 from asymflow_ft.align import align, describe
 from asymflow_ft.components.color import PixelCodec
 from asymflow_ft.components.pipelines import NEGATIVE_PROMPT
+from asymflow_ft.data.decode import decode
 from asymflow_ft.data.source import open_sources
 from asymflow_ft.evaluation.pictures import contact_sheet
 from asymflow_ft.export import export_any, load_pixel_pipeline
@@ -141,8 +142,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--guidance", type=float, help="guidance scale; 1 turns it off (default: 4, or 1 if the base is distilled)"
     )
     command.add_argument("--shift", type=float, help="timestep shift (default: the pipeline's own for the size)")
-    command.add_argument("--height", type=int, help="pixels (default: the pipeline's own)")
-    command.add_argument("--width", type=int, help="pixels (default: the pipeline's own)")
+    command.add_argument(
+        "--image", action="append", default=[], type=Path, metavar="FILE",
+        help="condition image for every prompt, for models trained with them; may be given several times",
+    )  # fmt: skip
+    command.add_argument("--height", type=int, help="pixels (default: of the first --image, or the pipeline's own)")
+    command.add_argument("--width", type=int, help="pixels (default: of the first --image, or the pipeline's own)")
     command.add_argument("--seed", type=int, default=0, help="picture i of the run uses seed + i (default: 0)")
     command.add_argument("--per-prompt", type=int, default=1, help="pictures per prompt (default: 1)")
     command.add_argument(
@@ -288,6 +293,7 @@ def run_sample(args: argparse.Namespace) -> None:
     prompts = args.prompt + (read_prompts(args.prompts) if args.prompts else [])
     if not prompts:
         raise ValueError("nothing to draw: give --prompt or --prompts FILE")
+    conditions = [decode(file.read_bytes(), str(file)) for file in args.image]
     device = process_state().device
     dtype = getattr(torch, args.dtype or default_dtype())
     pipeline = load_pixel_pipeline(args.pipeline, dtype, args.base).to(device)
@@ -302,7 +308,7 @@ def run_sample(args: argparse.Namespace) -> None:
         print(f"[{i + 1}/{len(jobs)}] {prompt}")
         picture = pipeline(
             prompt, negative_prompt=args.negative, height=args.height, width=args.width,
-            num_inference_steps=args.steps, guidance_scale=args.guidance, shift=args.shift,
+            num_inference_steps=args.steps, guidance_scale=args.guidance, shift=args.shift, image=conditions or None,
             generator=torch.Generator().manual_seed(args.seed + i),
         ).images[0]  # fmt: skip
         picture.save(file)

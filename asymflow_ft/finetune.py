@@ -151,7 +151,8 @@ def finetune(recipe: Recipe) -> None:
     patch = subspace.config["patch"]
     data = prepare(recipe, family, images, patch, accelerator)
     material = {
-        "images to train on": content_key(*data.train.entries), "held-out images": content_key(*data.held_out.entries),
+        "images to train on": content_key(*data.train.material()),
+        "held-out images": content_key(*data.held_out.material()),
         "prompts": content_key(*data.prompts), "subspace": subspace_key(subspace),
     }  # fmt: skip
     if start is not None:

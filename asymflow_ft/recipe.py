@@ -66,10 +66,10 @@ def _with_overrides(values: dict[str, Any], overrides: Sequence[str]) -> Recipe:
 
 
 POSITIVE = (
-    "data.resolution", "data.more_resolutions", "text.max_length", "align.num_images", "pixels.std", "lora.rank",
-    "noise.shift", "noise.std", "loss.sigma_floor", "train.steps", "train.batch_size", "train.accumulation",
-    "train.lr", "train.clip_norm", "train.ema_gamma", "train.max_bad_steps", "train.checkpoint_every",
-    "train.keep_checkpoints", "sample.steps", "sample.count", "sample.shift",
+    "data.resolution", "data.more_resolutions", "data.condition_resolution", "text.max_length", "align.num_images",
+    "pixels.std", "lora.rank", "noise.shift", "noise.std", "loss.sigma_floor", "train.steps", "train.batch_size",
+    "train.accumulation", "train.lr", "train.clip_norm", "train.ema_gamma", "train.max_bad_steps",
+    "train.checkpoint_every", "train.keep_checkpoints", "sample.steps", "sample.count", "sample.shift",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "seed", "data.held_out", "data.workers", "data.max_unreadable", "loss.mse", "loss.perceptual_weight", "loss.kappa",

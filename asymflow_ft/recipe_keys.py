@@ -16,6 +16,7 @@ class Part:
     subset: str | None = None
     image_column: str = "image"
     caption_column: str = "text"
+    condition_column: str | None = None
     streaming: bool = False
     limit: int | None = None
 
@@ -31,10 +32,12 @@ class Data:
     subset: str | None = None  # of a Hub dataset that has several
     image_column: str = "image"
     caption_column: str = "text"
+    condition_column: str | None = None  # its condition image or list of them, to train editing; null: there are none
     streaming: bool = False  # downloads the first `limit` images of a Hub dataset and no others
     limit: int | None = None  # use the first images only
     resolution: int = 1024
     more_resolutions: tuple[int, ...] = ()  # images train at these too, where they fill them
+    condition_resolution: int | None = None  # of condition images; null: that of the image which they belong to
     held_out: int = 16  # images chosen by content and never trained on; the held-out error is measured on them
     latents: Literal["mode", "sample"] = "mode"  # of the VAE's posterior; the paper takes a sample
     max_unreadable: float = 0.05  # share of images that may be unusable before the run stops

@@ -59,7 +59,7 @@ def small(tiny_base):
 def test_published_models_are_counted_exactly(config, total, trained, width):
     recipe = load_recipe(REPOSITORY / "recipes/flux2_klein.yaml")
     network, base, _ = memory.build_networks(recipe, flux2, on_meta(config), published_vae())
-    tensors = memory.count_tensors(flux2, network, base)
+    tensors = memory.count_tensors(flux2, network, (network, base))
     assert sum(number for _, number in tensors.trained) == trained
     # bf16; besides the base, the two lifted end layers of 768 values per token
     assert tensors.frozen == 2 * (total + 2 * 768 * width)
@@ -72,7 +72,7 @@ def test_full_training_counts_a_float32_copy_beside_the_base(tiny_base):
     network, base, _ = memory.build_networks(
         tiny_recipe(), flux2, flux2.transformer_on_meta(tiny_base), vae_on_meta(tiny_base)
     )
-    tensors = memory.count_tensors(flux2, network, base)
+    tensors = memory.count_tensors(flux2, network, (network, base))
     assert (sum(number for _, number in tensors.trained), tensors.frozen, tensors.linears) == (
         5_358_144, 4 * 5_112_384, (),
     )  # fmt: skip
@@ -120,17 +120,19 @@ class Allocations(rehearsal.Meter):
     [
         (LORA, "train.precision=bf16"),
         (LORA, "train.precision=bf16", "train.gradient_checkpointing=true", "train.batch_size=3"),
+        (LORA, "train.precision=bf16", "data.condition_resolution=96", "train.batch_size=2"),
         (LORA, "train.precision=bf16", "loss.perceptual=lpips", "train.batch_size=2"),
         ("lora=null", "train.precision=no", "data.resolution=192", "train.batch_size=2"),
         ("lora=null", "train.precision=bf16", "train.gradient_checkpointing=true"),
     ],
-    ids=["lora", "lora-checkpointing", "lora-lpips", "full", "full-checkpointing"],
+    ids=["lora", "lora-checkpointing", "lora-conditions", "lora-lpips", "full", "full-checkpointing"],
 )
 def test_rehearsal_holds_what_a_real_step_allocates(overrides, small, monkeypatch):
     recipe = tiny_recipe(*overrides)
+    conditions = 2 if recipe.data.condition_resolution else 0
 
     def step():
-        return rehearsal.rehearse_step(recipe, flux2, *memory.build_networks(recipe, flux2, *small))
+        return rehearsal.rehearse_step(recipe, flux2, *memory.build_networks(recipe, flux2, *small), conditions)
 
     for_gpu = step()
     monkeypatch.setattr(rehearsal, "as_on_cuda", contextlib.nullcontext)

@@ -1,5 +1,6 @@
 """The habits of a diffusers pipeline, on the lifted tiny base."""
 
+import copy
 import itertools
 from pathlib import Path
 
@@ -7,14 +8,17 @@ import pytest
 import torch
 from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
 
-from asymflow_ft.components.color import PixelCodec
-from asymflow_ft.components.pipelines import encode_condition, flow_solver
-from asymflow_ft.components.subspace import Cond, PixelSubspace
+from asymflow_ft.components.color import PixelCodec, rgb_tensor
+from asymflow_ft.components.pipelines import fit_condition, flow_solver
+from asymflow_ft.components.subspace import Cond, PixelModel, PixelSubspace
 from asymflow_ft.families import flux2
+from asymflow_ft.method.asymflow import calibrate, lift
+from asymflow_ft.method.patches import to_image
 
 
 @pytest.fixture(scope="module")
@@ -116,41 +120,111 @@ def test_lora_files_come_and_go(pipeline, parts, tmp_path):
 
 
 @torch.no_grad()
-def test_condition_images_enter_as_in_the_stock_pipeline(pipeline, parts, pictures):
-    """The lifted network sees condition images where the base would see their projections, with its position ids."""
-    (basis, scale), codec, g = pipeline.subspace.float32(), pipeline.codec, seeded()
-    references = tuple(encode_condition(one, codec, 16) for one in (pictures[0], pictures[1].resize((96, 64))))
-    x, tau, embeds = torch.randn(1, 12, 768, generator=g), torch.tensor([0.6]), torch.randn(1, 8, 192, generator=g)
+@pytest.mark.parametrize("tau", [0.05, 0.6, 1.0])
+def test_condition_images_inside_the_subspace_are_condition_latents_of_the_base(tau, parts):
+    """In float64: for x_c = s A z_c the lifted network's output is A times the base's, at every noise level."""
+    g = seeded()
+    basis = torch.linalg.qr(torch.randn(768, 128, generator=g, dtype=torch.float64)).Q
+    subspace = PixelSubspace.from_fit(basis, torch.tensor(2.4)).double()
+    subspace.basis.copy_(basis)
+    base = copy.deepcopy(parts.transformer).double()
+    model = PixelModel(flux2.lift(base, subspace), subspace, flux2.predict)
+    scale = subspace.scale
     sigma = (scale * tau / (1 + (scale - 1) * tau)).reshape(1, 1, 1)
-    got = pipeline.pixel_model.network(x, sigma, Cond(embeds, references=references), (3, 4))
-
-    def latents(image):
-        return torch.nn.functional.pixel_unshuffle(image, 16).movedim(1, 3) @ basis / scale  # (1, h, w, 128)
-
-    seen = [latents(one) for one in references]
+    seen, grids = calibrate(sigma, scale), [(4, 5), (6, 2)]
+    z, embeds = (torch.randn(1, n, e, generator=g, dtype=torch.float64) for n, e in ((12, 128), (8, 192)))
+    z_references = [torch.randn(1, h * w, 128, generator=g, dtype=torch.float64) for h, w in grids]
+    references = tuple(
+        to_image(lift(one, basis, scale), grid, 16) for one, grid in zip(z_references, grids, strict=True)
+    )
+    got = model.network(z @ basis.mT / seen.gain, sigma, Cond(embeds, references=references), (3, 4))
     stock = Flux2KleinPipeline
-    gain = 1 / (scale + (1 - scale) * sigma)
-    expected = parts.transformer(
-        hidden_states=torch.cat([gain * x @ basis, *(one.flatten(1, 2) for one in seen)], 1), timestep=tau,
-        encoder_hidden_states=embeds, txt_ids=stock._prepare_text_ids(embeds),
+    expected = base(
+        hidden_states=torch.cat([z, *z_references], 1), timestep=seen.tau.flatten(), encoder_hidden_states=embeds,
+        txt_ids=stock._prepare_text_ids(embeds),
         img_ids=torch.cat(
             [stock._prepare_latent_ids(torch.empty(1, 1, 3, 4)),
-             stock._prepare_image_ids([one.movedim(3, 1) for one in seen])], 1),
+             stock._prepare_image_ids([torch.empty(1, 1, *grid) for grid in grids])], 1),
         return_dict=False,
     )[0][:, :12]  # fmt: skip
-    torch.testing.assert_close(got @ basis, expected, rtol=0, atol=1e-4)
+    assert expected.abs().max() > 0.1
+    torch.testing.assert_close(got, expected @ basis.mT, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "size", [(64, 64), (79, 65), (1024, 1024), (1025, 1024), (1500, 900), (640, 4100), (5000, 700)]
+)
+def test_condition_images_are_fitted_as_in_the_stock_pipeline(size):
+    picture = Image.effect_noise(size, 90).convert("RGB")
+    processor = Flux2ImageProcessor(vae_scale_factor=16)
+    processor.check_image_input(picture)
+    seen = processor._resize_if_exceeds_area(picture)
+    width, height = (side // 16 * 16 for side in seen.size)
+    seen = processor.preprocess(seen, height=height, width=width, resize_mode="crop")
+    torch.testing.assert_close(rgb_tensor(fit_condition(picture, 16))[None], seen, rtol=0, atol=1e-6)
+
+
+def calls_of(transformer, run):
+    """What the transformer is given in each call."""
+    calls = []
+    handle = transformer.register_forward_pre_hook(
+        lambda module, args, options: calls.append({**options}), with_kwargs=True
+    )
+    run()
+    handle.remove()
+    return calls
+
+
+def test_image_has_the_habits_of_the_stock_pipeline(pipeline, tiny_base, pictures, monkeypatch):
+    """Both are called alike, with a stand-in for the VAE: the projection on the subspace. Then the first calls of the
+    networks, guided and unguided, agree: size of the picture, tokens and their order, position ids, the batch."""
+    basis, scale = pipeline.subspace.float32()
+    stock = flux2.load_parts(tiny_base, ("vae", "text_encoder", "tokenizer", "transformer"), torch.float32)
+    stock.set_progress_bar_config(disable=True)
+
+    def projection(image, generator):
+        tokens = torch.nn.functional.pixel_unshuffle(pipeline.codec.encode(image), 16).movedim(1, 3)
+        return (tokens @ basis / scale).movedim(3, 1)
+
+    monkeypatch.setattr(stock, "_encode_vae_image", projection)
+    image = [pictures[0].resize((90, 70)), pictures[1].resize((64, 128)).convert("L")]
+    options = {
+        "prompt": ["red apple", "rocket"], "image": image, "num_inference_steps": 1, "guidance_scale": 3.0,
+        "num_images_per_prompt": 2, "max_sequence_length": 32,
+    }  # fmt: skip
+    noise = torch.randn(4, 3, 64, 80, generator=seeded())
+    latents = torch.nn.functional.pixel_unshuffle(noise, 16).movedim(1, 3) @ basis
+    theirs = calls_of(stock.transformer, lambda: stock(latents=latents.movedim(3, 1), **options))
+    ours = calls_of(pipeline.transformer, lambda: pipeline(latents=noise, **options))
+    assert len(ours) == len(theirs) == 2
+    for own, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(own["hidden_states"] @ basis, other["hidden_states"], rtol=0, atol=1e-5)
+        torch.testing.assert_close(own["encoder_hidden_states"], other["encoder_hidden_states"])
+        assert torch.equal(own["img_ids"].expand(4, -1, -1), other["img_ids"].expand(4, -1, -1))
+        torch.testing.assert_close(own["timestep"], other["timestep"])
+    one = {**options, "image": image[1], "output_type": "pt", "height": 96}
+    assert pipeline(**one).images.shape == stock(**one).images.shape == (4, 3, 96, 64)
+
+
+def test_condition_images_that_cannot_be_used(pipeline, pictures):
+    for image, message in (
+        (pictures[0].resize((40, 80)), "at least 64 pixels and a shape of at most 8:1, got 40x80"),
+        ([pictures[0], pictures[0].resize((64, 520))], "at most 8:1, got 64x520"),
+        (torch.zeros(3, 64, 64), "must be a PIL image, got Tensor"),
+        ([[pictures[0]], [pictures[1]]], "must be a PIL image, got list"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            draw(pipeline, image=image)
 
 
 def test_condition_images_change_the_picture(pipeline, pictures):
-    one, other = pictures
+    one, other = (picture.resize((64, 64)) for picture in pictures)
     drawn = [draw(pipeline, image=image) for image in (None, one, [one], [one, other], [other, one])]
     assert torch.equal(drawn[1], drawn[2])
     for a, b in itertools.combinations([0, 1, 3, 4], 2):
         assert not torch.allclose(drawn[a], drawn[b], atol=1e-2)
     batch = draw(pipeline, ["red apple"] * 2, image=[one, other], generator=[seeded(), seeded(1)])
     torch.testing.assert_close(batch[:1], drawn[3], rtol=0, atol=1e-4)
-    with pytest.raises(ValueError, match="at least 64 pixels, got 40x80"):
-        draw(pipeline, image=one.resize((40, 80)))
 
 
 def test_model_offload(pipeline):

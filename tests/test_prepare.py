@@ -246,8 +246,8 @@ def test_an_image_that_changes_during_the_run_ends_it_with_one_message(data, tmp
 def test_an_image_that_changes_under_the_look_is_not_taken_for_the_new_one(data, tmp_path, monkeypatch):
     images = open_source(str(data))
 
-    def content(row, original=images.content):
-        found = original(row)
+    def content(row, image=0, original=images.content):
+        found = original(row, image)
         if row == 3:
             noise(99, (32, 32)).save(data / "3.bmp")
         return found

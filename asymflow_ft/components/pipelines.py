@@ -1,5 +1,6 @@
 """Text to image in pixel space: what every family's pipeline shares. A family adds its parts and its network call."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
-from asymflow_ft.components.color import PixelCodec, rgb_tensor
+from asymflow_ft.components.color import rgb_tensor
 from asymflow_ft.components.subspace import Cond, PixelModel
 from asymflow_ft.method.guidance import clamp_velocity, guide
 from asymflow_ft.method.noise import dynamic_shift, inference_sigmas
@@ -19,6 +20,8 @@ from asymflow_ft.method.sampling import denoise, prepare_solver
 
 NEGATIVE_PROMPT = "Low quality, worst quality, blurry, deformed, bad anatomy, unclear text"
 CFG_SCALE = 4.0
+# of condition images, as in diffusers' Flux2ImageProcessor
+MIN_CONDITION_SIDE, MAX_CONDITION_ASPECT, MAX_CONDITION_PIXELS = 64, 8, 1024**2
 
 
 def flow_solver() -> UniPCMultistepScheduler:
@@ -85,13 +88,15 @@ class PixelPipelineMixin:
         Args:
             prompt, negative_prompt: one or a list; a single negative prompt serves all. Or pass `prompt_embeds`
                 (B, L, E) and `negative_prompt_embeds`.
-            height, width: pixels, multiples of the patch (16).
+            height, width: pixels, multiples of the patch (16); those of the first condition image when not given, or
+                else the config's.
             num_inference_steps: solver steps; 38 is the released default, 32 the paper's.
             guidance_scale: above 1 adds an unconditional pass per step; None is 4, or 1 for a network with distilled
                 guidance. orthogonal_guidance: 0 = plain guidance, 1 = remove its part along the clean estimate.
             clamp: keep every step's clean estimate inside the display gamut.
             shift: timestep shift; None takes the pipeline's own for this size.
-            image: condition images (an experimental path: conversion does not train it).
+            image: condition images, one or several for every prompt, as `fit_condition` takes them. Text-to-image
+                training loses them; docs/data.md says how pairs bring them back.
             generator: CPU or device generator(s) for the noise. latents: the noise itself, (B, 3, H, W) N(0, 1).
             output_type: "pil", "np", "pt" ((B, 3, H, W) in [0, 1]) or "latent" (pixel space, not decoded).
             callback_on_step_end: as in diffusers.
@@ -101,10 +106,13 @@ class PixelPipelineMixin:
 
         Raises:
             ValueError: sizes that the patch does not divide, both or neither of prompt and prompt_embeds, noise or
-                embeddings of another shape.
+                embeddings of another shape, or a condition image that cannot be used.
         """
         patch = self.subspace.config["patch"]
-        height, width = height or self.config.default_size, width or self.config.default_size
+        images = [] if image is None else image if isinstance(image, list) else [image]
+        conditions = [fit_condition(one, patch) for one in images]
+        default = (conditions[0].width, conditions[0].height) if conditions else (self.config.default_size,) * 2
+        width, height = width or default[0], height or default[1]
         if height % patch or width % patch:
             raise ValueError(
                 f"height {height} and width {width} must be multiples of {patch}; "
@@ -145,8 +153,7 @@ class PixelPipelineMixin:
         x = to_tokens(latents.to(device, torch.float32), patch)
 
         references = tuple(
-            encode_condition(one, self.codec, patch).to(device).expand(shape[0], -1, -1, -1)
-            for one in ([] if image is None else image if isinstance(image, list) else [image])
+            self.codec.encode(rgb_tensor(one)[None]).to(device).expand(shape[0], -1, -1, -1) for one in conditions
         )
         model = self.pixel_model
 
@@ -199,14 +206,27 @@ class PixelPipelineMixin:
         return self.output_class(images=images) if return_dict else (images,)
 
 
-def encode_condition(image: Image.Image, codec: PixelCodec, patch: int) -> Tensor:
-    """A condition picture in pixel space, (1, 3, H, W), its sides cropped to multiples of the patch.
+def fit_condition(image: Image.Image, patch: int) -> Image.Image:
+    """A condition image in RGB at the size at which the network sees it: reduced to MAX_CONDITION_PIXELS where it has
+    more, never enlarged, then cropped in the centre to multiples of the patch. The rules of diffusers' pipelines.
 
     Raises:
-        ValueError: a side below 64 pixels.
+        ValueError: no PIL image, a side below 64 pixels, or more than 8 times as long as wide.
     """
-    if min(image.size) < 64:
-        raise ValueError(f"a condition image needs sides of at least 64 pixels, got {image.width}x{image.height}")
-    width, height = (side // patch * patch for side in image.size)
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return codec.encode(rgb_tensor(image.crop((left, top, left + width, top + height)))[None])
+    if not isinstance(image, Image.Image):
+        raise ValueError(
+            f"a condition image must be a PIL image, got {type(image).__name__}; `image` takes one or a list"
+        )
+    width, height = image.size
+    if min(width, height) < MIN_CONDITION_SIDE or max(width, height) > MAX_CONDITION_ASPECT * min(width, height):
+        raise ValueError(
+            f"a condition image needs sides of at least {MIN_CONDITION_SIDE} pixels and a shape of at most "
+            f"{MAX_CONDITION_ASPECT}:1, got {width}x{height}"
+        )
+    image = image.convert("RGB")
+    if width * height > MAX_CONDITION_PIXELS:
+        factor = math.sqrt(MAX_CONDITION_PIXELS / (width * height))
+        width, height = int(width * factor), int(height * factor)
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
+    left, top = (width - width // patch * patch) // 2, (height - height // patch * patch) // 2
+    return image.crop((left, top, left + width // patch * patch, top + height // patch * patch))

@@ -119,11 +119,17 @@ class Cond:
 
     embeds: text embeddings (B, L, E). guidance: distilled guidance value of bases that embed one, else None.
     references: condition images in pixel space, (B, 3, H, W) each, of any size; the model sees them clean.
+    z_references: their latent tokens, (B, M, R) each, for the frozen latent reference in training; () elsewhere.
     """
 
     embeds: Tensor
     guidance: float | None = None
     references: tuple[Tensor, ...] = ()
+    z_references: tuple[Tensor, ...] = ()
+
+    def reference_grids(self, patch: int) -> list[tuple[int, int]]:
+        """(rows, columns) of tokens of each condition image."""
+        return [(image.shape[-2] // patch, image.shape[-1] // patch) for image in self.references]
 
 
 Grid = tuple[int, int]
@@ -150,10 +156,8 @@ class PixelModel:
         seen = calibrate(sigma.to(basis), scale)
         patch = self.subspace.config["patch"]
         # clean condition images are at noise level 0, where the gain is 1 / s
-        references = [
-            (to_tokens(image.to(basis), patch) / scale, (image.shape[-2] // patch, image.shape[-1] // patch))
-            for image in cond.references
-        ]
+        clean = [to_tokens(image.to(basis), patch) / scale for image in cond.references]
+        references = list(zip(clean, cond.reference_grids(patch), strict=True))
         return self.predict(self.transformer, seen.gain * x_t.to(basis), seen.tau.flatten(), cond, grid, references)
 
     def velocity(self, x_t: Tensor, sigma: Tensor, cond: Cond, grid: Grid, sigma_min: float = 1e-4) -> Tensor:

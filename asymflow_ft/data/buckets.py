@@ -1,7 +1,7 @@
 """Image sizes that the patch divides, and the order in which images are trained on."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 
 import numpy as np
 from PIL import Image
@@ -42,14 +42,15 @@ class BucketBatches(Sampler[list[tuple[int, int]]]):
     processes changes nothing, and a run continues at any step without saved state.
 
     Args:
-        sizes: bucket of each entry. weights: how often one epoch visits each entry; 0.5 is every second epoch.
+        buckets: what each entry has in common with the others of its bucket, such as the sizes of all its images.
+        weights: how often one epoch visits each entry; 0.5 is every second epoch.
         batch_size: entries of a micro-batch. accumulation: micro-batches of a step and process.
         start: step to begin with. rank, world: this process's number, and how many there are.
     """
 
     def __init__(
         self,
-        sizes: Sequence[Size],
+        buckets: Sequence[Hashable],
         weights: Sequence[float],
         batch_size: int,
         seed: int,
@@ -61,9 +62,9 @@ class BucketBatches(Sampler[list[tuple[int, int]]]):
         self.batch_size, self.accumulation = batch_size, accumulation
         self.seed, self.start, self.rank, self.world = seed, start, rank, world
         self.per_step = batch_size * accumulation * world
-        members: dict[Size, list[int]] = {}
-        for index, size in enumerate(sizes):
-            members.setdefault(size, []).append(index)
+        members: dict[Hashable, list[int]] = {}
+        for index, bucket in enumerate(buckets):
+            members.setdefault(bucket, []).append(index)
         self.buckets = [np.array(items) for items in members.values()]
         self.weights = [np.asarray(weights, dtype=float)[items] for items in self.buckets]
 

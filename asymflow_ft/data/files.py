@@ -13,7 +13,7 @@ from typing import Any
 
 import datasets
 
-from asymflow_ft.data.rows import FILE_COLUMNS, Files, caption_list
+from asymflow_ft.data.rows import CONDITION_COLUMNS, FILE_COLUMNS, Files, caption_list
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff"}
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -62,14 +62,16 @@ def open_images(folder: Path, files: Sequence[str], caption_column: str | None, 
 
 
 def open_metadata(
-    file: Path, records: Iterable[dict[str, Any]], caption_column: str | None, limit: int | None
-) -> Files:
-    """Images named in the column file_name of a table (its rows are `records`), relative to the folder of `file`.
+    file: Path, records: Iterable[dict[str, Any]], caption_column: str | None, limit: int | None,
+    condition_column: str | None = None,
+) -> Files:  # fmt: skip
+    """Images named in the column file_name of a table (its rows are `records`), relative to the folder of `file`; and
+    condition images, one or a list of them, in `condition_column`.
 
     Raises:
         ValueError: the table cannot be read, lacks a column, names no image that exists, or a caption is not text.
     """
-    paths, captions = [], []
+    paths, captions, conditions = [], [], []
     for number, record in enumerate(itertools.islice(records, limit), 1):
         where = f"{file}, row {number}"
         if not isinstance(record.get("file_name"), str) or not record["file_name"]:
@@ -79,6 +81,12 @@ def open_metadata(
             if caption_column not in record:
                 raise ValueError(missing_column(where, "caption_column", caption_column, record))
             captions.append(caption_list(record[caption_column], where))
+        if condition_column is not None:
+            if condition_column not in record:
+                raise ValueError(missing_column(where, "condition_column", condition_column, record))
+            conditions.append(
+                [os.path.join(file.parent, name) for name in _file_names(record[condition_column], where)]
+            )
     if not paths:
         raise ValueError(f"{file} holds no images: the table is empty")
     gone = [path for path in paths if not os.path.isfile(path)]
@@ -90,7 +98,7 @@ def open_metadata(
     if gone:
         warnings.warn(f"{len(gone)} of {len(paths)} images that {file} names do not exist, first: {gone[0]}",
                       stacklevel=2)  # fmt: skip
-    return _files(paths, captions if caption_column is not None else None)
+    return _files(paths, captions or None, conditions or None)
 
 
 def open_tars(shards: Sequence[str], caption_column: str | None, limit: int | None) -> Files:
@@ -162,11 +170,20 @@ def _utf8(content: bytes, name: str) -> str:
         raise ValueError(f"{name} is not UTF-8 text ({error.reason} at byte {error.start}); convert it") from error
 
 
-def _files(paths: list[str], captions: list[list[str]] | None) -> Files:
+def _file_names(value: Any, where: str) -> list[str]:
+    """File names of condition images, one or several; none where the value is missing or empty."""
+    names = value if isinstance(value, list) else [value] if value else []
+    if wrong := [name for name in names if not isinstance(name, str) or not name]:
+        raise ValueError(f"{where}: {wrong[0]!r} is no name of an image file (recipe key data.condition_column)")
+    return names
+
+
+def _files(paths: list[str], captions: list[list[str]] | None, conditions: list[list[str]] | None = None) -> Files:
     whole = [None] * len(paths)
     columns = {"path": paths, "member": whole, "offset": whole, "size": whole, "captions": captions or whole}
     try:
-        return Files(datasets.Dataset.from_dict(columns, FILE_COLUMNS))
+        more = None if conditions is None else datasets.Dataset.from_dict({"paths": conditions}, CONDITION_COLUMNS)
+        return Files(datasets.Dataset.from_dict(columns, FILE_COLUMNS), more)
     except UnicodeEncodeError as error:
         raise ValueError(f"the file name {error.object!r} is not UTF-8; rename the file") from error
 

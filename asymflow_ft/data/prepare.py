@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -20,24 +20,38 @@ from asymflow_ft.data.source import Images
 
 @dataclass(frozen=True)
 class Entry:
-    """One usable image at one size: its row in the source, bucket (width, height), content hash, visits per epoch."""
+    """One usable image at one size: its row in the source, size (width, height), content hash, visits per epoch.
+
+    conditions: the condition images of the row, at sizes of their own. image: 0, or m for the m-th of those. (Neither
+    is part of the text form, by which runs from before there were any know their entries.)
+    """
 
     row: int
     size: Size
     digest: str
     weight: float
+    image: int = field(default=0, repr=False)
+    conditions: tuple["Entry", ...] = field(default=(), repr=False)
+
+    @property
+    def bucket(self) -> tuple[Size, ...]:
+        """The sizes of all tensors; what is equal in a batch."""
+        return (self.size, *(one.size for one in self.conditions))
 
 
 @dataclass(frozen=True)
 class Batch:
     """rgb (B, 3, H, W) in [-1, 1]; z0 latent tokens (B, N, R); embeds (B, L, E); serial numbers of the samples, from
-    which all their randomness follows; and what to call the images in a message."""
+    which all their randomness follows; what to call the images in a message; and condition images with their latent
+    tokens, each like rgb and z0."""
 
     rgb: Tensor
     z0: Tensor
     embeds: Tensor
     serials: list[int]
     names: list[str]
+    references: tuple[Tensor, ...] = ()
+    z_references: tuple[Tensor, ...] = ()
 
 
 class Encoded(Protocol):
@@ -53,12 +67,15 @@ class Encoded(Protocol):
 
 
 def make_entries(
-    images: Images, pictures: Sequence[Picture], resolutions: Sequence[int], patch: int, held_out: int
-) -> tuple[list[Entry], list[Entry]]:
+    images: Images, pictures: Sequence[Picture], resolutions: Sequence[int], patch: int, held_out: int,
+    conditions: Sequence[Sequence[Picture]] = (), condition_resolution: int | None = None,
+) -> tuple[list[Entry], list[Entry]]:  # fmt: skip
     """Usable images at each resolution that they fill without being enlarged (or at the smallest).
 
     Args:
         pictures: what `scan` found, one per row.
+        conditions: the same of each row's condition images, all usable where the row is; () if no row has any.
+        condition_resolution: theirs; None is that of the entry, so that a picture and its edited copy have one size.
 
     Returns:
         Training entries, and those of `held_out` images: the ones with the smallest hashes, so neither sorting nor a
@@ -83,8 +100,13 @@ def make_entries(
         filled = [r for r in resolutions if r * r <= area] or [min(resolutions)]
         if picture.digest in kept_back:
             filled = filled[:1]
-        for size in dict.fromkeys(bucket_size(picture.width, picture.height, r, patch) for r in filled):
-            entry = Entry(row, size, picture.digest, images.weight(row))
+        for size, resolution in {bucket_size(picture.width, picture.height, r, patch): r for r in filled}.items():
+            beside = tuple(
+                Entry(row, bucket_size(one.width, one.height, condition_resolution or resolution, patch), one.digest,
+                      images.weight(row), number)
+                for number, one in enumerate(conditions[row] if conditions else (), 1)
+            )  # fmt: skip
+            entry = Entry(row, size, picture.digest, images.weight(row), conditions=beside)
             (test if picture.digest in kept_back else train).append(entry)
     return train, test
 
@@ -121,12 +143,23 @@ class PreparedData(Dataset):
         return self._batch(entry, self.images.captions(entry.row)[0], index)
 
     def _batch(self, entry: Entry, caption: str, serial: int) -> Batch:
-        name, content = self.images.name(entry.row), self.images.content(entry.row)
+        (rgb, z0), *beside = map(self._image, (entry, *entry.conditions))
+        return Batch(
+            rgb, z0, self.encoded.embeds(caption)[None], [serial], [self.images.name(entry.row)],
+            tuple(rgb for rgb, _ in beside), tuple(z for _, z in beside),
+        )  # fmt: skip
+
+    def _image(self, entry: Entry) -> tuple[Tensor, Tensor]:
+        """Pixels (1, 3, H, W) and latent tokens (1, N, R)."""
+        name, content = self.images.name(entry.row, entry.image), self.images.content(entry.row, entry.image)
         if hashlib.sha256(content).hexdigest() != entry.digest:
             raise ValueError(f"{name} changed since the run looked at it; start the command again to take it in anew")
         rgb = rgb_tensor(fit_image(decode(content, name), entry.size))
-        z0, embeds = self.encoded.latents(entry, rgb), self.encoded.embeds(caption)
-        return Batch(rgb[None], z0[None].float(), embeds[None], [serial], [name])
+        return rgb[None], self.encoded.latents(entry, rgb)[None].float()
+
+    def material(self) -> list[Entry]:
+        """All that training reads: the entries, then their condition images."""
+        return [*self.entries, *(one for entry in self.entries for one in entry.conditions)]
 
     def picture(self, index: int) -> Image.Image:
         """An entry's image at its size."""
@@ -147,4 +180,11 @@ def collate(items: Sequence[Batch | ValueError]) -> Batch | ValueError:
         embeds=torch.cat([batch.embeds for batch in batches]),
         serials=[batch.serials[0] for batch in batches],
         names=[batch.names[0] for batch in batches],
+        references=_stack([batch.references for batch in batches]),
+        z_references=_stack([batch.z_references for batch in batches]),
     )
+
+
+def _stack(samples: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """The m-th condition images of all samples as one tensor, for each m."""
+    return tuple(torch.cat(column) for column in zip(*samples, strict=True))

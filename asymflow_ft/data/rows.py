@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import datasets
+import pyarrow as pa
 
 from asymflow_ft.data.decode import UnreadableImage
 
@@ -18,26 +19,34 @@ FILE_COLUMNS = datasets.Features(
     }
 )
 
+CONDITION_COLUMNS = datasets.Features({"paths": datasets.List(datasets.Value("string"))})
+
 
 class Rows(Protocol):
-    """Images with captions in a fixed order, any of them read at any time."""
+    """Images with captions in a fixed order, any of them read at any time.
+
+    A row may have condition images beside its own: `image` is 0 for its own and m for the m-th of those.
+    """
 
     def __len__(self) -> int: ...
 
     def captions(self, row: int) -> tuple[str, ...]:
         """At least one, possibly empty; none at all where the source was opened without captions."""
 
-    def name(self, row: int) -> str:
+    def conditions(self, row: int) -> int:
+        """How many condition images the row has."""
+
+    def name(self, row: int, image: int = 0) -> str:
         """What to call the image in a message."""
 
-    def stamp(self, row: int) -> str:
+    def stamp(self, row: int, image: int = 0) -> str:
         """Changes when the stored image does; cheap, since the image itself is not read.
 
         Raises:
             UnreadableImage: the file is gone.
         """
 
-    def content(self, row: int) -> bytes:
+    def content(self, row: int, image: int = 0) -> bytes:
         """The encoded image.
 
         Raises:
@@ -47,9 +56,10 @@ class Rows(Protocol):
 
 @dataclass(frozen=True)
 class Files:
-    """Rows of FILE_COLUMNS."""
+    """Rows of FILE_COLUMNS, and beside them in `more` the paths of each row's condition images (CONDITION_COLUMNS)."""
 
     table: datasets.Dataset
+    more: datasets.Dataset | None = None
 
     def __len__(self) -> int:
         return len(self.table)
@@ -57,16 +67,28 @@ class Files:
     def captions(self, row: int) -> tuple[str, ...]:
         return tuple(self.table[row]["captions"] or ())
 
-    def name(self, row: int) -> str:
+    def _conditions(self, row: int) -> list[str]:
+        return [] if self.more is None else self.more[row]["paths"]
+
+    def conditions(self, row: int) -> int:
+        return len(self._conditions(row))
+
+    def name(self, row: int, image: int = 0) -> str:
+        if image:
+            return self._conditions(row)[image - 1]
         at = self.table[row]
         return at["path"] if at["member"] is None else f"{at['path']}: {at['member']}"
 
-    def stamp(self, row: int) -> str:
+    def stamp(self, row: int, image: int = 0) -> str:
+        if image:
+            return file_stamp(self._conditions(row)[image - 1])
         at = self.table[row]
         stamp = file_stamp(at["path"])
         return stamp if at["member"] is None else f"{stamp}:{at['offset']}"
 
-    def content(self, row: int) -> bytes:
+    def content(self, row: int, image: int = 0) -> bytes:
+        if image:
+            return read_file(self._conditions(row)[image - 1])
         at = self.table[row]
         if at["member"] is None:
             return read_file(at["path"])
@@ -83,6 +105,7 @@ class Table:
     Args:
         images: the image column alone, in arrow format, where a path can be read without the bytes beside it.
         texts: the column of `caption_column`. fingerprint: changes with the data.
+        more: the column of condition images alone, likewise in arrow format; each value is an image or a list of them.
     """
 
     source: str
@@ -90,34 +113,47 @@ class Table:
     texts: datasets.Dataset | None
     caption_column: str
     fingerprint: str
+    more: datasets.Dataset | None = None
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def _stored(self, row: int, field: str) -> Any:
-        image = self.images[row].column(0)[0]
-        return image[field].as_py() if image.is_valid else None
+    def _conditions(self, row: int) -> list[Any]:
+        """Arrow scalars; one that is null inside a list is an image that is missing."""
+        value = None if self.more is None else self.more[row].column(0)[0]
+        if value is None or not value.is_valid:
+            return []
+        return list(value.values) if isinstance(value, pa.ListScalar | pa.LargeListScalar) else [value]
+
+    def _stored(self, row: int, image: int, field: str) -> Any:
+        stored = self._conditions(row)[image - 1] if image else self.images[row].column(0)[0]
+        return stored[field].as_py() if stored.is_valid else None
+
+    def conditions(self, row: int) -> int:
+        return len(self._conditions(row))
 
     def captions(self, row: int) -> tuple[str, ...]:
         if self.texts is None:
             return ()
         return tuple(caption_list(pick(self.texts[row], self.caption_column), f"{self.source}, row {row}"))
 
-    def name(self, row: int) -> str:
-        path = self._stored(row, "path")
-        return f"{self.source}, row {row}" + (f" ({path})" if path else "")
+    def name(self, row: int, image: int = 0) -> str:
+        path = self._stored(row, image, "path")
+        which = f", condition image {image}" if image else ""
+        return f"{self.source}, row {row}{which}" + (f" ({path})" if path else "")
 
-    def stamp(self, row: int) -> str:
-        path = self._stored(row, "path")
+    def stamp(self, row: int, image: int = 0) -> str:
+        path = self._stored(row, image, "path")
         on_disk = path is not None and os.path.isabs(path) and os.path.isfile(path)
-        return f"{self.fingerprint}:{row}" + (f":{file_stamp(path)}" if on_disk else "")
+        which = f":condition {image}" if image else ""
+        return f"{self.fingerprint}:{row}{which}" + (f":{file_stamp(path)}" if on_disk else "")
 
-    def content(self, row: int) -> bytes:
-        content, path = self._stored(row, "bytes"), self._stored(row, "path")
+    def content(self, row: int, image: int = 0) -> bytes:
+        content, path = self._stored(row, image, "bytes"), self._stored(row, image, "path")
         if content:
             return content
         if not path:
-            raise UnreadableImage(f"{self.name(row)}: the row holds no image")
+            raise UnreadableImage(f"{self.name(row, image)}: the row holds no image")
         return read_file(path)
 
 

@@ -27,39 +27,42 @@ class Picture:
 
 
 def scan(images: Images, rows: Sequence[int], folder: Path, process: int = 0, show: bool = True) -> None:
-    """Look at those of `rows` whose stamp is not in the index yet, and append to folder/index-<process>.jsonl.
+    """Look at the images of `rows`, condition images too, and append those whose stamp is not in the index yet to
+    folder/index-<process>.jsonl.
 
     Images decode on threads (PIL lets go of the lock). A kill loses the last few hundred rows at most. Unusable images
     are looked at again in every run: permissions and decoders change without a trace in the file.
     """
     folder.mkdir(parents=True, exist_ok=True)
     known = {name for name, picture in read_index(folder).items() if not picture.error}
-    new = [(row, name) for row in rows if (name := stamp(images, row)) not in known]
+    pictures = [(row, image) for row in rows for image in range(1 + images.conditions(row))]
+    # by stamp: one condition image may belong to many rows
+    new = list({name: picture for picture in pictures if (name := stamp(images, *picture)) not in known}.items())
     progress = tqdm(desc="scan", total=len(new), disable=not (show and new), mininterval=1)
     with open(folder / INDEX.replace("*", str(process)), "a", encoding="utf-8") as index, ThreadPoolExecutor() as pool:
         index.write("\n")  # ends a line that a kill left open
         for start in range(0, len(new), CHUNK):
             chunk = new[start : start + CHUNK]
             # under the stamp from before the look: an image that changes meanwhile is never taken for the new one
-            for (_, name), picture in zip(chunk, pool.map(lambda new: _look(images, new[0]), chunk), strict=True):
+            for (name, _), picture in zip(chunk, pool.map(lambda new: _look(images, *new[1]), chunk), strict=True):
                 index.write(json.dumps({"stamp": name, **asdict(picture)}) + "\n")
                 progress.update()
             index.flush()
     progress.close()
 
 
-def stamp(images: Images, row: int) -> str:
+def stamp(images: Images, row: int, image: int = 0) -> str:
     """`Images.stamp`, also of a row whose file is gone."""
     try:
-        return images.stamp(row)
+        return images.stamp(row, image)
     except UnreadableImage as error:
         return f"gone: {error}"
 
 
-def _look(images: Images, row: int) -> Picture:
+def _look(images: Images, row: int, image: int) -> Picture:
     try:
-        content = images.content(row)
-        picture = decode(content, images.name(row))
+        content = images.content(row, image)
+        picture = decode(content, images.name(row, image))
     except UnreadableImage as error:
         return Picture(error=str(error))
     return Picture(hashlib.sha256(content).hexdigest(), picture.width, picture.height)

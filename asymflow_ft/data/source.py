@@ -54,17 +54,21 @@ class Images:
         rows, inner = self._at(row)
         return rows.captions(inner)
 
-    def name(self, row: int) -> str:
+    def conditions(self, row: int) -> int:
         rows, inner = self._at(row)
-        return rows.name(inner)
+        return rows.conditions(inner)
 
-    def stamp(self, row: int) -> str:
+    def name(self, row: int, image: int = 0) -> str:
         rows, inner = self._at(row)
-        return rows.stamp(inner)
+        return rows.name(inner, image)
 
-    def content(self, row: int) -> bytes:
+    def stamp(self, row: int, image: int = 0) -> str:
         rows, inner = self._at(row)
-        return rows.content(inner)
+        return rows.stamp(inner, image)
+
+    def content(self, row: int, image: int = 0) -> bytes:
+        rows, inner = self._at(row)
+        return rows.content(inner, image)
 
     def weight(self, row: int) -> float:
         return self.weights[self._part(row)]
@@ -82,7 +86,8 @@ def open_sources(data: Data, captions: bool = True, stream_folder: Path | None =
     """Open a recipe's data.
 
     Args:
-        captions: False opens images alone. stream_folder: where parts with `streaming` are kept.
+        captions: False opens images alone, without condition images too. stream_folder: where parts with `streaming`
+            are kept.
 
     Raises:
         ValueError: a part cannot be opened, holds no images, or lacks captions that are text.
@@ -104,7 +109,11 @@ def _open(part: Part, captions: bool, stream_folder: Path | None) -> Rows:
         if stream_folder is None:
             raise ValueError(f"{part.source} is a stream, which only the commands with a recipe can keep on disk")
         kept = keep_stream(part, stream_folder)
-        return open_table(kept, replace(part, image_column="image", caption_column="text"), captions)
+        conditions = "conditions" if part.condition_column is not None and captions else None
+        columns = replace(part, image_column="image", caption_column="text", condition_column=conditions)
+        return open_table(kept, columns, captions)
+    if not captions:
+        part = replace(part, condition_column=None)
     path = Path(part.source).expanduser()
     if path.is_dir():
         return _open_folder(part, path, captions)
@@ -143,7 +152,7 @@ def _open_folder(part: Part, folder: Path, captions: bool) -> Rows:
         return _open_files(part, [path for path in files if suffix_of(path) == ".tar"], captions)
     if kinds:
         return open_table(load(part, str(folder.resolve()), split=part.split), part, captions)
-    _refuse(part, "split", "subset", "image_column")
+    _refuse(part, "split", "subset", "image_column", "condition_column")
     return open_images(folder, files, part.caption_column if captions else None, part.limit)
 
 
@@ -152,7 +161,7 @@ def _open_files(part: Part, files: list[str], captions: bool) -> Rows:
     caption_column = part.caption_column if captions else None
     kinds, first = {suffix_of(path) for path in files}, Path(files[0])
     if kinds == {".tar"}:
-        _refuse(part, "image_column")
+        _refuse(part, "image_column", "condition_column")
         return open_tars(files, caption_column, part.limit)
     if kinds in ({".parquet"}, {".arrow"}):
         table = load(part, first.suffix[1:].lower(), data_files=files, split="train")
@@ -166,11 +175,12 @@ def _open_files(part: Part, files: list[str], captions: bool) -> Rows:
             f"{part.source} is none of: a folder, a Hub dataset, one .jsonl or .csv file, .tar, .parquet, .arrow files"
         )
     _refuse(part, "image_column")
-    return open_metadata(first, records, caption_column, part.limit)
+    return open_metadata(first, records, caption_column, part.limit, part.condition_column)
 
 
 def _refuse(part: Part, *keys: str) -> None:
-    """Files have no splits, no subsets and no image column, so a recipe that names one means something else."""
+    """Files have no splits, no subsets and no image column, so a recipe that names one means something else; only a
+    table can say which condition images belong to an image."""
     given, default = vars(part), vars(Part(part.source))
     for key in keys:
         if given[key] != default[key]:

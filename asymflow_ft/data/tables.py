@@ -16,7 +16,11 @@ from asymflow_ft.recipe import Part
 
 SHARD_BYTES = 64 * 2**20  # of a stream; what a kill can lose
 STREAM_COLUMNS = datasets.Features(
-    {"image": datasets.Image(decode=False), "text": datasets.List(datasets.Value("string"))}
+    {
+        "image": datasets.Image(decode=False),
+        "text": datasets.List(datasets.Value("string")),
+        "conditions": datasets.List(datasets.Image(decode=False)),  # where the part has them
+    }
 )
 
 
@@ -67,7 +71,12 @@ def open_table(table: datasets.Dataset, part: Part, captions: bool) -> Table:
     if captions:
         column = part.caption_column
         texts = table.select_columns([column if column in table.column_names else column.partition(".")[0]])
-    return Table(part.source, images.with_format("arrow"), texts, part.caption_column, fingerprint)
+    more = None
+    if part.condition_column is not None:
+        kind = _conditions_kind(table.features[part.condition_column])
+        more = table.select_columns([part.condition_column]).cast_column(part.condition_column, kind)
+        more = more.with_format("arrow")
+    return Table(part.source, images.with_format("arrow"), texts, part.caption_column, fingerprint, more)
 
 
 def check_columns(part: Part, features: datasets.Features, captions: bool) -> None:
@@ -78,11 +87,12 @@ def check_columns(part: Part, features: datasets.Features, captions: bool) -> No
         key = "image_column" if image is None else "caption_column"
         column = part.image_column if image is None else part.caption_column
         raise ValueError(missing_column(part.source, key, column, features))
-    if not (isinstance(image, datasets.Image) or image in (datasets.Value("binary"), datasets.Value("string"))):
-        raise ValueError(
-            f"the column {part.image_column!r} of {part.source} holds {image}, not images "
-            "(recipe key data.image_column)"
-        )
+    _check_images(part, "image_column", part.image_column, image)
+    if part.condition_column is not None:
+        kind = features.get(part.condition_column)
+        if kind is None:
+            raise ValueError(missing_column(part.source, "condition_column", part.condition_column, features))
+        _check_images(part, "condition_column", part.condition_column, kind.feature if _is_list(kind) else kind)
     if captions:
         kind = datasets.Features({"text": text}).arrow_schema.field("text").type
         if pa.types.is_list(kind) or pa.types.is_large_list(kind):
@@ -92,6 +102,19 @@ def check_columns(part: Part, features: datasets.Features, captions: bool) -> No
                 f"the column {part.caption_column!r} of {part.source} holds {text}, not text "
                 "(recipe key data.caption_column)"
             )
+
+
+def _check_images(part: Part, key: str, column: str, kind: Any) -> None:
+    if not (isinstance(kind, datasets.Image) or kind in (datasets.Value("binary"), datasets.Value("string"))):
+        raise ValueError(f"the column {column!r} of {part.source} holds {kind}, not images (recipe key data.{key})")
+
+
+def _is_list(kind: Any) -> bool:
+    return isinstance(kind, datasets.List | datasets.LargeList)
+
+
+def _conditions_kind(kind: Any) -> Any:
+    return datasets.List(datasets.Image(decode=False)) if _is_list(kind) else datasets.Image(decode=False)
 
 
 def _feature(features: datasets.Features, column: str) -> Any:
@@ -110,12 +133,14 @@ def keep_stream(part: Part, parent: Path) -> datasets.Dataset:
         parent: the rows lie in a folder in here, named after the source.
 
     Returns:
-        STREAM_COLUMNS: encoded images, and lists of captions.
+        STREAM_COLUMNS: encoded images, lists of captions, and of condition images if `part` has a column of them.
 
     Raises:
         ValueError: the stream cannot be opened, breaks off, is empty, or its columns are not images and text.
     """
-    identity = "\0".join(map(str, (part.source, part.subset, part.split, part.image_column, part.caption_column)))
+    chosen = [part.source, part.subset, part.split, part.image_column, part.caption_column]
+    chosen += [] if part.condition_column is None else [part.condition_column]
+    identity = "\0".join(map(str, chosen))
     name = part.source.strip("./").replace("/", "--")[-60:]
     folder = parent / f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
     # A shard counts once progress.json says so; what a kill leaves of another one is written over.
@@ -136,6 +161,9 @@ def _download(part: Part, folder: Path, progress: dict[str, Any]) -> None:
         raise ValueError(f"the stream of {part.source} does not say which columns it has; use data.streaming=false")
     check_columns(part, stream.features, captions=True)
     stream = stream.cast_column(part.image_column, datasets.Image(decode=False))
+    if part.condition_column is not None:
+        kind = _conditions_kind(stream.features[part.condition_column])
+        stream = stream.cast_column(part.condition_column, kind)
     if progress["state"] is not None:
         stream.load_state_dict(progress["state"])
     rows: list[dict[str, Any]] = []
@@ -145,8 +173,14 @@ def _download(part: Part, folder: Path, progress: dict[str, Any]) -> None:
             for record in stream:
                 content = _encoded(record[part.image_column])
                 text = caption_list(pick(record, part.caption_column), f"{part.source}, row {bar.n}")
-                rows.append({"image": {"bytes": content, "path": None}, "text": text})
+                row = {"image": {"bytes": content, "path": None}, "text": text}
                 size += len(content)
+                if part.condition_column is not None:
+                    more = record[part.condition_column] or []
+                    more = [_encoded(image) for image in (more if isinstance(more, list) else [more])]
+                    row["conditions"] = [{"bytes": image, "path": None} for image in more]
+                    size += sum(map(len, more))
+                rows.append(row)
                 bar.update()
                 if size >= SHARD_BYTES or bar.n == part.limit:
                     _keep(rows, folder, progress, stream.state_dict())
@@ -166,7 +200,8 @@ def _keep(rows: list[dict[str, Any]], folder: Path, progress: dict[str, Any], st
     folder.mkdir(parents=True, exist_ok=True)
     if rows:
         shard = folder / f"{progress['shards']:05d}"
-        datasets.Dataset.from_list(rows, STREAM_COLUMNS).save_to_disk(str(shard))
+        columns = datasets.Features({name: STREAM_COLUMNS[name] for name in rows[0]})
+        datasets.Dataset.from_list(rows, columns).save_to_disk(str(shard))
     progress |= {"shards": progress["shards"] + bool(rows), "rows": progress["rows"] + len(rows), "state": state}
     (folder / "progress.part").write_text(json.dumps(progress), encoding="utf-8")
     (folder / "progress.part").replace(folder / "progress.json")

@@ -45,16 +45,18 @@ def encode_texts(parts: DiffusionPipeline, captions: Sequence[str], max_length: 
 
 @dataclass(frozen=True)
 class Keys:
-    """Cache keys. text, latents: hashes of everything but the caption and the image that a tensor depends on."""
+    """Cache keys. text, latents, conditions: hashes of everything but the caption and the image that a tensor depends
+    on; the last is for the latents of condition images."""
 
     text: str
     latents: str
+    conditions: str
 
     def of_caption(self, caption: str) -> str:
         return content_key(self.text, caption)
 
     def of_image(self, entry: Entry) -> str:
-        return content_key(self.latents, entry.digest, *entry.size)
+        return content_key(self.conditions if entry.image else self.latents, entry.digest, *entry.size)
 
 
 class Encoder:
@@ -75,6 +77,7 @@ class Encoder:
         self.keys = Keys(
             text=content_key(*ids[:2], recipe.text.max_length, self.dtype, self.text_storage),
             latents=content_key(ids[2], recipe.data.latents, recipe.cache.latents, *exact),
+            conditions=content_key(ids[2], "mode", recipe.cache.latents),  # as the base sees them when it draws
         )
 
     def encode_captions(self, captions: Sequence[str]) -> list[Tensor]:
@@ -86,7 +89,10 @@ class Encoder:
 
     @torch.no_grad()
     def encode_image(self, entry: Entry, rgb: Tensor) -> Tensor:
-        """Latent tokens (N, R) of (3, H, W) in [-1, 1]: the posterior's mode, or a sample seeded by the content."""
+        """Latent tokens (N, R) of (3, H, W) in [-1, 1]: the posterior's mode, or a sample seeded by the content. Of
+        condition images always the mode, which is what the latent base is given of them."""
+        if entry.image:
+            return self.family.encode_latents(self.vae, rgb[None])[0]
         for find in self._exact:
             known = find(entry.digest)  # of a synthetic picture at its own size
             if known is not None and len(known) == entry.size[0] * entry.size[1] // self.patch**2:

@@ -17,7 +17,7 @@ WORKERS = 4  # at most, when the recipe leaves the number open
 def loader(recipe: Recipe, data: PreparedData, step: int, accelerator: Accelerator) -> DataLoader:
     """Micro-batches from optimizer step `step` on, for this process."""
     order = BucketBatches(
-        [entry.size for entry in data.entries], [entry.weight for entry in data.entries], recipe.train.batch_size,
+        [entry.bucket for entry in data.entries], [entry.weight for entry in data.entries], recipe.train.batch_size,
         recipe.seed, recipe.train.accumulation, step, accelerator.process_index, accelerator.num_processes,
     )  # fmt: skip
     workers = min(WORKERS, (os.cpu_count() or 1) - 1) if recipe.data.workers is None else recipe.data.workers

@@ -41,6 +41,7 @@ class MemoryPlan:
 
     step: one rehearsed micro-batch. drawing: peak of drawing as many pictures as are trained on. encoding, decoding:
     peaks of the VAE before training, its weights included. text_encoder: its weights; 0 where they are not known.
+    conditions: condition images of each image, at most.
     """
 
     recipe: Recipe
@@ -50,6 +51,7 @@ class MemoryPlan:
     drawing: int
     encoding: int
     decoding: int
+    conditions: int = 0
 
     @property
     def frozen_weights(self) -> int:
@@ -186,21 +188,22 @@ def count_tensors(family: ModuleType, network: ModelMixin, held: Sequence[ModelM
 
 
 def plan_memory(
-    recipe: Recipe, family: ModuleType, base: ModelMixin, vae: ModelMixin, text_encoder: int
+    recipe: Recipe, family: ModuleType, base: ModelMixin, vae: ModelMixin, text_encoder: int, conditions: int = 0
 ) -> MemoryPlan:
     """Rehearse a run of the recipe: some seconds, and no memory for weights or activations.
 
     Args:
         base, vae: transformer and VAE of the base on the meta device; they are not changed.
         text_encoder: bytes of its weights, which are alone on the GPU before all else; 0 if not known.
+        conditions: condition images of each image.
     """
     network, latent, subspace = build_networks(recipe, family, base, vae)
     held = (network, latent) if recipe.loss.variance_reduction else (network,)
     tensors = count_tensors(family, network, held)
-    step = rehearse_step(recipe, family, network, latent, subspace)
+    step = rehearse_step(recipe, family, network, latent, subspace, conditions)
     drawing = rehearse_drawing(recipe, family, network, subspace, recipe.train.batch_size)
     encoding, decoding = rehearse_vae(recipe, family, vae, recipe.train.batch_size)
-    return MemoryPlan(recipe, text_encoder, tensors, step, drawing, encoding, decoding)
+    return MemoryPlan(recipe, text_encoder, tensors, step, drawing, encoding, decoding, conditions)
 
 
 @dataclass(frozen=True)
@@ -259,7 +262,7 @@ def advise(
         if key in ("train.base_weights", "train.optimizer", "train.ema_device"):
             changed = replace(plan, recipe=recipe)  # the step is the same
         else:
-            changed = plan_memory(recipe, family, base, vae, plan.text_encoder)
+            changed = plan_memory(recipe, family, base, vae, plan.text_encoder, plan.conditions)
         before = best.get(key)
         enough = before is not None and free_bytes is not None and plan.total - before.saved <= free_bytes
         if plan.total > changed.total and not enough:

@@ -52,6 +52,12 @@ def draw_noise(serials: list[int], tokens: int, dim: int, seed: int) -> tuple[Te
     return torch.stack(levels), torch.stack(noises)
 
 
+def condition_of(batch: Batch, codec: PixelCodec, guidance: float | None, device: torch.device) -> Cond:
+    """What the predictions of a batch are conditioned on, for the pixel model and for the latent reference."""
+    references = tuple(codec.encode(rgb.to(device)) for rgb in batch.references)
+    return Cond(batch.embeds.to(device), guidance, references, tuple(z.to(device) for z in batch.z_references))
+
+
 def training_terms(
     recipe: Recipe, model: PixelModel, reference: Reference | None, codec: PixelCodec,
     perceptual: PerceptualMap | None, batch: Batch, shift: float, device: torch.device,
@@ -62,7 +68,7 @@ def training_terms(
         reference: None for plain flow matching. shift: timestep shift of the noise levels.
     """
     patch = model.subspace.config["patch"]
-    rgb, z0, cond = batch.rgb.to(device), batch.z0.to(device), Cond(batch.embeds.to(device), model.guidance)
+    rgb, z0, cond = batch.rgb.to(device), batch.z0.to(device), condition_of(batch, codec, model.guidance, device)
     grid = (rgb.shape[-2] // patch, rgb.shape[-1] // patch)
     x0 = to_tokens(codec.encode(rgb), patch)
     level, eps = (draw.to(device) for draw in draw_noise(batch.serials, *x0.shape[1:], recipe.seed))

@@ -78,17 +78,22 @@ def dry_run(recipe: Recipe, tflops: float | None = None, card_gb: float | None =
     # streams are counted, not downloaded
     opened = [open_sources(Data(mix=(part,))) for part in data.parts() if not part.streaming]
     streamed = sum(part.limit or 0 for part in data.parts() if part.streaming)
+    numbers = [part.conditions(row) for part in opened for row in range(len(part))]
+    unseen = [part.limit or 0 for part in data.parts() if part.streaming and part.condition_column is not None]
+    conditions, most = sum(numbers) + sum(unseen), max([0, *numbers, *(1 for _ in unseen)])
     images = sum(map(len, opened)) + streamed
     captions = {caption for part in opened for row in range(len(part)) for caption in part.captions(row)}
     texts = len({"", *read_prompts(recipe.sample.prompts), *captions}) + streamed
     base = family.transformer_on_meta(recipe.base, recipe.revision)
     vae = vae_on_meta(recipe.base, recipe.revision)
     repository = open_repository(recipe.base, recipe.revision)
-    plan = plan_memory(recipe, family, base, vae, _text_encoder(repository))
+    plan = plan_memory(recipe, family, base, vae, _text_encoder(repository), most)
     if card_gb is None and torch.cuda.is_available():
         card_gb = torch.cuda.get_device_properties(0).total_memory / 1e9
     tokens = (data.resolution // family.pixel_patch(vae)) ** 2
-    disk = disk_need(plan, repository, images, texts, tokens * family.latent_dim(vae), family.text_dim(base))
+    disk = disk_need(
+        plan, repository, images + conditions, texts, tokens * family.latent_dim(vae), family.text_dim(base)
+    )
     limit = 80.0 if card_gb is None else card_gb
     advice = advise(plan, family, base, vae, int(limit * 1e9))
     total = sum(p.numel() for p in base.parameters())
@@ -104,18 +109,27 @@ def dry_run(recipe: Recipe, tflops: float | None = None, card_gb: float | None =
             describe_time(plan, tflops),
             [
                 f"data {', '.join(part.source for part in data.parts())}: {images} images"
-                f"{f', {streamed} of them streamed' if streamed else ''}, {texts} texts to encode"
+                f"{f', {streamed} of them streamed' if streamed else ''}, {texts} texts to encode",
+                *(_describe_conditions(conditions, most, bool(unseen)) if conditions else ()),
             ],
         )
         if lines
     )
 
 
+def _describe_conditions(number: int, most: int, guessed: bool) -> list[str]:
+    return [
+        f"condition images: {number}, up to {most} of an image, which the figures above take every image to have"
+        + (" (streams are taken to have one)" if guessed else "")
+    ]
+
+
 def out_of_memory(recipe: Recipe, error: Exception) -> str:
     """What to say after a CUDA out-of-memory error; takes some seconds."""
     family = family_of(recipe.base, recipe.revision)
     base, vae = family.transformer_on_meta(recipe.base, recipe.revision), vae_on_meta(recipe.base, recipe.revision)
-    plan = plan_memory(recipe, family, base, vae, text_encoder=0)
+    conditions = int(any(part.condition_column is not None for part in recipe.data.parts()))
+    plan = plan_memory(recipe, family, base, vae, 0, conditions)
     advice = "; ".join(map(str, advise(plan, family, base, vae))) or "none; a larger card is needed"
     return f"{error}\nthese recipe keys would help most: {advice}"
 
@@ -222,13 +236,14 @@ def describe_time(plan: MemoryPlan, tflops: float | None) -> list[str]:
     training = train.steps * train.accumulation * step.flops
     drawing = pictures * sample.steps * passes * step.forward_flops // train.batch_size
     images = train.batch_size * train.accumulation
+    passes_named = ["forward", *(["reference"] if recipe.loss.variance_reduction else []), "backward"]
+    passes_named += ["recomputation"] if train.gradient_checkpointing else []
     lines = [
         f"{train.steps} steps of {train.batch_size} x {train.accumulation} images per process"
         f"{f', {images * processes} on {processes} processes' if processes > 1 else ''} -> {recipe.output_dir}",
         f"  {step.flops * train.accumulation / 1e12:.4g} TFLOP per step and process: "
         f"{step.flops / step.forward_flops:.2f} x a forward pass of "
-        f"{step.forward_flops / train.batch_size / 1e12:.3g} TFLOP per image (counted: forward, "
-        f"{'reference, ' if recipe.loss.variance_reduction else ''}backward{', recomputation' if train.gradient_checkpointing else ''})",
+        f"{step.forward_flops / train.batch_size / 1e12:.3g} TFLOP per image (counted: {', '.join(passes_named)})",
         f"  {pictures} pictures of {sample.steps} steps: {drawing / (training + drawing):.0%} of all arithmetic",
     ]
     for rate, what in THROUGHPUTS if tflops is None else ((tflops, "as given"),):

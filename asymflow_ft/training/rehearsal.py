@@ -177,11 +177,13 @@ class Step:
 
 
 def rehearse_step(
-    recipe: Recipe, family: ModuleType, network: ModelMixin, base: ModelMixin, subspace: PixelSubspace
-) -> Step:
+    recipe: Recipe, family: ModuleType, network: ModelMixin, base: ModelMixin, subspace: PixelSubspace,
+    conditions: int = 0,
+) -> Step:  # fmt: skip
     """One micro-batch of the recipe at its full resolution.
 
     Args:
+        conditions: condition images of each image.
         network: the network to train, on the meta device; its tensors become fake. base: the latent base, likewise.
     """
     dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
@@ -228,7 +230,11 @@ def rehearse_step(
         with Meter(held) as meter:
             embeds = torch.empty(count, recipe.text.max_length, family.text_dim(base), dtype=dtype)
             z0 = torch.empty(count, grid[0] * grid[1], subspace.config["rank"])
-            batch = Batch(torch.empty(count, 3, side, side), z0, embeds, list(range(count)), [])
+            beside = recipe.data.condition_resolution or side
+            references = (torch.empty(count, 3, beside, beside),) * conditions
+            z_references = (torch.empty(count, (beside // size) ** 2, subspace.config["rank"]),) * conditions
+            rgb = torch.empty(count, 3, side, side)
+            batch = Batch(rgb, z0, embeds, list(range(count)), [], references, z_references)
             perceptual = None if vgg is None else watched_vgg
             cpu = torch.device("cpu")
             if reference is None:

@@ -78,27 +78,37 @@ def prepare(recipe: Recipe, family: ModuleType, images: Images, patch: int, acce
     for side in resolutions:
         if side <= 0 or side % patch:
             raise ValueError(f"data.resolution {side} is not a multiple of the patch, {patch}")
-    pictures = _look(recipe, images, folder, accelerator)
+    if recipe.data.condition_resolution is not None and recipe.data.condition_resolution % patch:
+        raise ValueError(
+            f"data.condition_resolution {recipe.data.condition_resolution} is not a multiple of the patch, {patch}"
+        )
+    pictures, conditions = _look(recipe, images, folder, accelerator)
     unreadable = [picture.error for picture in pictures if picture.error]
-    train, held_out = make_entries(images, pictures, resolutions, patch, recipe.data.held_out)
+    train, held_out = make_entries(
+        images, pictures, resolutions, patch, recipe.data.held_out, conditions, recipe.data.condition_resolution
+    )
     prompts = read_prompts(recipe.sample.prompts)
     encoder = Encoder(recipe, family, accelerator.device)
     encoded: Encoded = Live(encoder)
     if recipe.cache.enabled:
-        encoded = FromCache(encoder, *_fill(recipe, encoder, images, [*train, *held_out], prompts, accelerator))
+        entries = [*train, *held_out]
+        encoded = FromCache(encoder, *_fill(recipe, encoder, images, entries, prompts, accelerator))
         encoder.free()
     data = [
         PreparedData(images, train, encoded, recipe.seed, recipe.train.caption_dropout),
         PreparedData(images, held_out, encoded, recipe.seed),
     ]
-    buckets = len({entry.size for entry in train})
+    buckets = len({entry.bucket for entry in train})
     say(f"{len(train)} training samples of {len({e.digest for e in train})} images in {buckets} bucket(s), "
         f"{len(held_out)} held out, {len(unreadable)} left out")  # fmt: skip
     return Prepared(*data, prompts, encoded)
 
 
-def _look(recipe: Recipe, images: Images, folder: Path, accelerator: Accelerator) -> list[Picture]:
-    """What every row holds; the unusable ones are listed in unreadable.txt."""
+def _look(
+    recipe: Recipe, images: Images, folder: Path, accelerator: Accelerator
+) -> tuple[list[Picture], list[list[Picture]]]:
+    """What every row holds, and what its condition images are. A row with an unusable condition image is unusable;
+    such rows are listed in unreadable.txt."""
     own = range(accelerator.process_index, len(images), accelerator.num_processes)
     try:
         scan(images, own, folder, accelerator.process_index, accelerator.is_main_process)
@@ -106,11 +116,17 @@ def _look(recipe: Recipe, images: Images, folder: Path, accelerator: Accelerator
         raise ValueError(f"cannot write to the cache folder {folder}: {error}; choose another cache.folder") from error
     accelerator.wait_for_everyone()
     index = read_index(folder)
-    stamps = [stamp(images, row) for row in range(len(images))]
-    changed = [row for row, name in enumerate(stamps) if name not in index]
-    if changed:
-        raise ValueError(f"{images.name(changed[0])} changed while the run looked at it; start the command again")
-    pictures = [index[name] for name in stamps]
+    pictures, conditions = [], []
+    for row in range(len(images)):
+        found = []
+        for image in range(1 + images.conditions(row)):
+            if (name := stamp(images, row, image)) not in index:
+                raise ValueError(
+                    f"{images.name(row, image)} changed while the run looked at it; start the command again"
+                )
+            found.append(index[name])
+        pictures.append(next((picture for picture in found if picture.error), found[0]))
+        conditions.append(found[1:])
     errors = [picture.error for picture in pictures if picture.error]
     listing = folder / "unreadable.txt"
     if accelerator.is_main_process:
@@ -124,7 +140,7 @@ def _look(recipe: Recipe, images: Images, folder: Path, accelerator: Accelerator
         )
     if errors:
         accelerator.print(f"left out {len(errors)} unreadable images, listed in {listing}; first: {errors[0]}")
-    return pictures
+    return pictures, conditions
 
 
 def _fill(
@@ -137,7 +153,8 @@ def _fill(
     latents = TensorCache(folder / "latents", recipe.cache.latents, LATENT_SHARD)
     captions = {encoder.keys.of_caption(c): c for c in ("", *prompts)}
     captions |= {encoder.keys.of_caption(c): c for entry in entries for c in images.captions(entry.row)}
-    by_key = {encoder.keys.of_image(entry): entry for entry in entries if recipe.loss.variance_reduction}
+    shown = [*entries, *(one for entry in entries for one in entry.conditions)]
+    by_key = {encoder.keys.of_image(entry): entry for entry in shown if recipe.loss.variance_reduction}
 
     def encode_captions(keys: Sequence[str]) -> list[Tensor]:
         return encoder.encode_captions([captions[key] for key in keys])
@@ -193,10 +210,10 @@ def _estimate(cache: TensorCache, count: int, share: float, example: Tensor, acc
 
 
 def _pixels(images: Images, entry: Entry) -> Tensor:
-    content = images.content(entry.row)
+    name, content = images.name(entry.row, entry.image), images.content(entry.row, entry.image)
     if hashlib.sha256(content).hexdigest() != entry.digest:
-        raise ValueError(f"{images.name(entry.row)} changed while the run looked at it; start the command again")
-    return rgb_tensor(fit_image(decode(content, images.name(entry.row)), entry.size))
+        raise ValueError(f"{name} changed while the run looked at it; start the command again")
+    return rgb_tensor(fit_image(decode(content, name), entry.size))
 
 
 def verify(prepared: Prepared, encoder: Encoder, samples: int = 16) -> list[str]:
@@ -208,19 +225,22 @@ def verify(prepared: Prepared, encoder: Encoder, samples: int = 16) -> list[str]
     faults = stored.text.damaged() + stored.images.damaged()
     images = prepared.train.images
     sound = []
-    for entry in tqdm([*prepared.train.entries, *prepared.held_out.entries], desc="verify images", mininterval=1):
+    for entry in tqdm(
+        [*prepared.train.material(), *prepared.held_out.material()], desc="verify images", mininterval=1
+    ):
+        name = images.name(entry.row, entry.image)
         try:
-            changed = hashlib.sha256(images.content(entry.row)).hexdigest() != entry.digest
+            changed = hashlib.sha256(images.content(entry.row, entry.image)).hexdigest() != entry.digest
         except UnreadableImage as error:
             faults.append(str(error))
             continue
         if changed:
-            faults.append(f"{images.name(entry.row)}: the image changed since it was cached")
+            faults.append(f"{name}: the image changed since it was cached")
         else:
             sound.append(entry)
     chosen = sound[:: max(len(sound) // samples, 1)]
     pairs = [
-        (f"latents of {images.name(entry.row)}", stored.latents(entry, torch.empty(0)),
+        (f"latents of {images.name(entry.row, entry.image)}", stored.latents(entry, torch.empty(0)),
          rounded(encoder.encode_image(entry, _pixels(images, entry)), stored.images.storage))
         for entry in (chosen if encoder.recipe.loss.variance_reduction else ())
     ]  # fmt: skip

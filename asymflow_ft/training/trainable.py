@@ -66,8 +66,9 @@ def lora_reference(
 ) -> Reference:
     """The reference inside a LoRA run: the same network with its training switched off, at no memory.
 
-    The lifted network is called on the embedded latent state A z_tau and read back on the basis, which is the base's
-    own prediction. `transformer` is called (it may be prepared), `unwrapped` is switched.
+    The lifted network is called on the embedded latent state A z_tau (and condition latents, embedded too) and read
+    back on the basis, which is the base's own prediction. `transformer` is called (it may be prepared), `unwrapped` is
+    switched.
     """
 
     @torch.no_grad()
@@ -75,7 +76,8 @@ def lora_reference(
         basis, scale = subspace.float32()
         z_tau, tau = asymflow.latent_state(z0, eps, sigma, basis, scale)
         with untrained(unwrapped):
-            g = predict(transformer, z_tau @ basis.mT, tau.flatten(), cond, grid) @ basis
+            references = [(z @ basis.mT, shape) for z, shape in latent_references(cond, subspace)]
+            g = predict(transformer, z_tau @ basis.mT, tau.flatten(), cond, grid, references) @ basis
         return asymflow.lift(z_tau - tau * g, basis, scale)
 
     return reference
@@ -89,9 +91,19 @@ def frozen_reference(base: nn.Module, subspace: PixelSubspace, predict: Predict)
     def reference(z0: Tensor, eps: Tensor, sigma: Tensor, cond: Cond, grid: Grid) -> Tensor:
         basis, scale = subspace.float32()
         z_tau, tau = asymflow.latent_state(z0, eps, sigma, basis, scale)
-        return asymflow.lift(z_tau - tau * predict(base, z_tau, tau.flatten(), cond, grid), basis, scale)
+        g = predict(base, z_tau, tau.flatten(), cond, grid, latent_references(cond, subspace))
+        return asymflow.lift(z_tau - tau * g, basis, scale)
 
     return reference
+
+
+def latent_references(cond: Cond, subspace: PixelSubspace) -> list[tuple[Tensor, Grid]]:
+    """Condition images as the latent base sees them, the VAE's latents and not a projection of the pixels.
+
+    Raises:
+        ValueError: a condition image comes without its latents.
+    """
+    return list(zip(cond.z_references, cond.reference_grids(subspace.config["patch"]), strict=True))
 
 
 def copy_for_full_training(lifted: ModelMixin) -> ModelMixin:

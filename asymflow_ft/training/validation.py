@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from asymflow_ft.components.color import PixelCodec
-from asymflow_ft.components.subspace import Cond, PixelModel, PixelSubspace
+from asymflow_ft.components.subspace import PixelModel, PixelSubspace
 from asymflow_ft.data.prepare import PreparedData
 from asymflow_ft.evaluation.pictures import sheet
 from asymflow_ft.evaluation.retrieval import picture_error, retrieval_rank, sharpness, thumbnails
 from asymflow_ft.method.patches import to_image, to_tokens
 from asymflow_ft.recipe import Recipe
+from asymflow_ft.training.objective import condition_of
 from asymflow_ft.training.stages import Prepared
 
 HELD_OUT_SIGMAS = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95)
@@ -157,7 +158,7 @@ class Validation:
             x0 = to_tokens(self.codec.encode(batch.rgb.to(device)), patch)
             eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(self.recipe.seed + i)).to(x0)
             grid = (batch.rgb.shape[-2] // patch, batch.rgb.shape[-1] // patch)
-            cond = Cond(batch.embeds.to(device), model.guidance)
+            cond = condition_of(batch, self.codec, model.guidance, device)
             counts = turn * self.accelerator.num_processes + self.accelerator.process_index < len(data)
             for j, sigma in enumerate(HELD_OUT_SIGMAS):
                 level = torch.full((1, 1, 1), sigma, device=device)
