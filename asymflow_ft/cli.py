@@ -1,4 +1,4 @@
-"""asymflow-ft: align, cache, synthesize, finetune and sample from the command line. Parses, calls, prints."""
+"""asymflow-ft: align, cache, synthesize, finetune, sample and demo from the command line. Parses, calls, prints."""
 
 import argparse
 import sys
@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from asymflow_ft import finetune
+from asymflow_ft import demo, finetune
 from asymflow_ft.align import align, describe
 from asymflow_ft.components.color import PixelCodec
 from asymflow_ft.components.pipelines import NEGATIVE_PROMPT
@@ -164,6 +164,24 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--dtype", choices=("bfloat16", "float32"), help="default: bfloat16 on a GPU, float32 on a CPU"
     )
+
+    command = commands.add_parser(
+        "demo", help="draw with a converted model in the browser",
+        description="Serve a page that draws with a converted model and shows every step, beside its latent base if "
+        "given. Needs `pip install 'asymflow-ft[demo]'`.",
+    )  # fmt: skip
+    command.set_defaults(run=run_demo)
+    command.add_argument("model", metavar="DIR", help="pipeline folder or Hub id")
+    command.add_argument("--base", help="latent base to draw beside it from the same noise, a folder or Hub id")
+    command.add_argument(
+        "--dtype", choices=("bfloat16", "float32"), help="default: bfloat16 on a GPU, float32 on a CPU"
+    )
+    command.add_argument("--host", help="address to serve on; 0.0.0.0 lets other machines in (default: 127.0.0.1)")
+    command.add_argument("--port", type=int, help="default: the first free one from 7860")
+    command.add_argument("--share", action="store_true", help="also a public address, through Gradio's servers")
+    command.add_argument(
+        "--export-space", type=Path, metavar="FOLDER", help="serve nothing; write a Hugging Face Space with this page"
+    )
     return parser
 
 
@@ -268,6 +286,14 @@ def run_synthesize(args: argparse.Namespace) -> None:
     )  # fmt: skip
     if complete:
         print(f"{args.num} pictures in {args.out}; README.md there says what they are and may be used for")
+
+
+def run_demo(args: argparse.Namespace) -> None:
+    if args.export_space is None:
+        demo.serve(args.model, args.base, args.dtype, args.host, args.port, args.share)
+        return
+    demo.export_space(args.model, args.export_space, args.base, args.dtype)
+    print(f"{args.export_space} is a Space; `hf upload USER/SPACE {args.export_space} --repo-type space` uploads it")
 
 
 def default_dtype() -> str:

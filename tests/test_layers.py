@@ -6,7 +6,7 @@ from tests.conftest import REPOSITORY
 
 LAYERS = [
     {"method", "recipe_keys"}, {"recipe", "components"}, {"evaluation", "data", "families"}, {"training", "hub"},
-    {"align"}, {"finetune", "synthesize"}, {"cli"},
+    {"align"}, {"finetune", "synthesize", "demo"}, {"cli"},
 ]  # fmt: skip
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 
