@@ -29,6 +29,7 @@ EXAMPLES = """examples:
   asymflow-ft finetune recipes/tiny/finetune.yaml train.steps=300
   asymflow-ft synthesize --base recipes/tiny/base --prompts recipes/tiny/data/prompts.txt --num 16 --out outputs/drawn
   asymflow-ft sample --pipeline outputs/tiny/pipeline --prompt "red apple" --prompt "rocket" --sheet
+  asymflow-ft demo outputs/tiny/pipeline --base recipes/tiny/base
 """
 
 

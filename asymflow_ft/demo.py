@@ -210,9 +210,13 @@ def build_app(studio: Studio, title: str) -> Any:
             if None in (width, height, used):
                 raise ValueError("width, height and seed need a number each")
             yield {seed_box: used}
+            sent: dict[Any, Image.Image | None] = {}
             for shown in studio.draw(Settings(prompt, negative, width, height, int(steps), scale, used)):
-                pictures = {} if shown.picture is None else {picture_box: shown.picture, base_box: shown.base_picture}
-                yield {state: _bar(shown.text, shown.done)} | pictures
+                boxes = {} if shown.picture is None else {picture_box: shown.picture, base_box: shown.base_picture}
+                # Gradio names files by content and would write one anew while the browser reads it
+                new = {box: picture for box, picture in boxes.items() if box not in sent or sent[box] != picture}
+                sent |= new
+                yield {state: _bar(shown.text, shown.done)} | new
         except (ValueError, torch.OutOfMemoryError) as error:
             yield {state: _bar(str(error), 0)}
             raise gr.Error(html.escape(str(error)), print_exception=False) from error
@@ -221,7 +225,9 @@ def build_app(studio: Studio, title: str) -> Any:
         gr.Markdown(f"## {title}\nDraws in pixel space, without a VAE; every step shows what the picture will be.")
         with gr.Row(equal_height=False):
             with gr.Column(scale=2, min_width=320):
-                prompt = gr.Textbox(label="Prompt", lines=3, max_lines=8, placeholder="what to draw", autofocus=True)
+                prompt = gr.Textbox(
+                    label="Prompt", lines=2, max_lines=8, placeholder="what to draw; Shift+Enter draws", autofocus=True
+                )  # fmt: skip
                 with gr.Row():
                     start = gr.Button("Draw", variant="primary")
                     stop = gr.Button("Stop", variant="stop")
