@@ -1,30 +1,8 @@
-"""asymflow-ft: align, cache, synthesize, finetune, export and sample from the command line. Parses, calls, prints."""
+"""asymflow-ft: the commands and their arguments."""
 
 import argparse
 import sys
-from dataclasses import replace
 from pathlib import Path
-
-import torch
-from accelerate import Accelerator
-
-from asymflow_ft import finetune
-from asymflow_ft.align import align, describe
-from asymflow_ft.components.color import PixelCodec
-from asymflow_ft.components.pipelines import NEGATIVE_PROMPT
-from asymflow_ft.data.decode import decode
-from asymflow_ft.data.source import open_sources
-from asymflow_ft.evaluation.pictures import contact_sheet
-from asymflow_ft.export import export_any, load_pixel_pipeline
-from asymflow_ft.families import family_of
-from asymflow_ft.hub.forms import add_loras
-from asymflow_ft.hub.push import describe_plan, plan_push, push, refusal
-from asymflow_ft.hub.write import FORMS, SHARD_SIZE
-from asymflow_ft.recipe import Data, load_recipe
-from asymflow_ft.synthesize import Sampling, synthesize
-from asymflow_ft.training.encode import Encoder
-from asymflow_ft.training.run import process_state
-from asymflow_ft.training.stages import prepare, read_prompts, verify
 
 EXAMPLES = """examples:
   asymflow-ft align --recipe recipes/flux2_klein.yaml
@@ -36,23 +14,16 @@ EXAMPLES = """examples:
   asymflow-ft export outputs/tiny --form adapter --out outputs/tiny_adapter
   asymflow-ft sample --pipeline outputs/tiny/pipeline --prompt "red apple" --prompt "rocket" --sheet
   asymflow-ft push outputs/exported --repo user/name --dry-run
+  asymflow-ft demo outputs/tiny/pipeline --base recipes/tiny/base
 """
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; 0 on success, 1 after a message about what the user can mend, 130 after Ctrl-C."""
     args = build_parser().parse_args(arguments)
-    try:
-        return args.run(args) or 0
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except torch.OutOfMemoryError as error:
-        print(f"error: {error} (smaller pictures, batches or --dtype bfloat16 need less)", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    from asymflow_ft.commands import run  # seconds of imports, which --help and a typing error need not wait for
+
+    return run(args)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -60,7 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="asymflow-ft", formatter_class=argparse.RawDescriptionHelpFormatter, epilog=EXAMPLES,
         description="Turn a pretrained latent flow transformer into a pixel-space AsymFlow text-to-image model.",
     )  # fmt: skip
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
 
     command = commands.add_parser(
         "align", help="fit the pixel subspace of a base from images",
@@ -68,7 +39,6 @@ def build_parser() -> argparse.ArgumentParser:
         "subspace, report.json and report.png. Under `accelerate launch -m asymflow_ft.cli align ...` processes share "
         "the images.",
     )  # fmt: skip
-    command.set_defaults(run=run_align)
     command.add_argument(
         "--recipe", help="take base, data, out and pixel space from a recipe; other options override it"
     )
@@ -93,7 +63,6 @@ def build_parser() -> argparse.ArgumentParser:
         "asymflow_ft/finetune.py RECIPE` (docs/training.md). The same command continues an interrupted run. Ctrl-C "
         "and SIGTERM save a checkpoint and exit with 75.",
     )  # fmt: skip
-    command.set_defaults(run=run_finetune)
     command.add_argument("recipe", help="a YAML file; docs/recipes.md lists its keys")
     command.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a recipe value")
     command.add_argument(
@@ -110,7 +79,6 @@ def build_parser() -> argparse.ArgumentParser:
         "Finetuning does the same at its start; run it beforehand to see what it costs, on another machine, or under "
         "`accelerate launch -m asymflow_ft.cli cache ...` on several GPUs. Killed, it goes on where it stopped.",
     )  # fmt: skip
-    command.set_defaults(run=run_cache)
     command.add_argument("--recipe", required=True, help="the recipe that will be trained")
     command.add_argument(
         "overrides", nargs="*", metavar="key=value", help="replaces a recipe value; give the same to finetune"
@@ -123,7 +91,6 @@ def build_parser() -> argparse.ArgumentParser:
         "sample", help="draw pictures with a converted model",
         description="Draw a picture per prompt, OUT/00000.png and so on after the seed; files are never overwritten.",
     )  # fmt: skip
-    command.set_defaults(run=run_sample)
     command.add_argument(
         "--pipeline", required=True, help="converted model of any form (folder or Hub id), released adapter, or run"
     )
@@ -135,7 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--prompt", action="append", default=[], help="may be given several times")
     command.add_argument("--prompts", help="text file with one prompt a line")
     command.add_argument(
-        "--negative", default=NEGATIVE_PROMPT, help='negative prompt; "" for none (default: %(default)s)'
+        "--negative", help='negative prompt; "" for none (default: "Low quality, worst quality, ...")'
     )
     command.add_argument("--steps", type=int, default=38, help="solver steps (default: 38)")
     command.add_argument(
@@ -163,14 +130,13 @@ def build_parser() -> argparse.ArgumentParser:
         description="Write a run, one of its checkpoints, or a converted model of any form as a folder of another "
         "form; docs/formats.md says what each holds.",
     )  # fmt: skip
-    command.set_defaults(run=run_export)
     command.add_argument(
         "source", help="run, checkpoint, exported folder, adapter (folder or .safetensors file), or Hub id"
     )
     command.add_argument("--out", type=Path, required=True, help="new folder")
     command.add_argument(
-        "--form", required=True, choices=(*FORMS, "lora"), help="pipeline: loads in stock diffusers with "
-        "trust_remote_code. adapter: the released format, also ComfyUI's. merged: plain transformer and subspace. "
+        "--form", required=True, choices=("pipeline", "adapter", "merged", "lora"), help="pipeline: loads in stock "
+        "diffusers with trust_remote_code. adapter: the released format, also ComfyUI's. merged: plain transformer and subspace. "
         "lora: of a run that trains a style LoRA",
     )  # fmt: skip
     command.add_argument(
@@ -183,7 +149,7 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     command.add_argument("--base", help="latent base of an adapter that does not name it")
     command.add_argument("--revision", help="revision of that base")
-    command.add_argument("--shard-size", default=SHARD_SIZE, help="most that one file holds (default: %(default)s)")
+    command.add_argument("--shard-size", default="5GB", help="most that one file holds (default: %(default)s)")
 
     command = commands.add_parser(
         "synthesize", help="draw a training set with the latent base itself",
@@ -191,7 +157,6 @@ def build_parser() -> argparse.ArgumentParser:
         "an interruption, a larger --num adds pictures. Under `accelerate launch -m asymflow_ft.cli synthesize ...` "
         "processes share the work.",
     )  # fmt: skip
-    command.set_defaults(run=run_synthesize)
     command.add_argument("--base", required=True, help="Hub id or folder of a diffusers pipeline")
     command.add_argument("--revision", help="revision of the base on the Hub")
     command.add_argument("--prompts", required=True, help="text file with one prompt a line; taken in turn")
@@ -215,141 +180,30 @@ def build_parser() -> argparse.ArgumentParser:
         description="Send an exported folder to the Hub, with a model card and what the base's licence asks for "
         "(docs/hub.md). The same command continues after an interruption. The token comes from `hf auth login`.",
     )  # fmt: skip
-    command.set_defaults(run=run_push)
     command.add_argument("folder", help="what `asymflow-ft export` wrote")
     command.add_argument("--repo", required=True, help="user/name or organisation/name; created if missing")
     command.add_argument("--private", action="store_true", help="create the repository as a private one")
     command.add_argument(
         "--dry-run", action="store_true", help="list the files, print the card, send and write nothing"
     )
+
+    command = commands.add_parser(
+        "demo", help="draw with a converted model in the browser",
+        description="Serve a page that draws with a converted model and shows every step, beside its latent base if "
+        "given. Needs `pip install 'asymflow-ft[demo]'`.",
+    )  # fmt: skip
+    command.add_argument("model", metavar="DIR", help="pipeline folder or Hub id")
+    command.add_argument("--base", help="latent base to draw beside it from the same noise, a folder or Hub id")
+    command.add_argument(
+        "--dtype", choices=("bfloat16", "float32"), help="default: bfloat16 on a GPU, float32 on a CPU"
+    )
+    command.add_argument("--host", help="address to serve on; 0.0.0.0 lets other machines in (default: 127.0.0.1)")
+    command.add_argument("--port", type=int, help="default: the first free one from 7860")
+    command.add_argument("--share", action="store_true", help="also a public address, through Gradio's servers")
+    command.add_argument(
+        "--export-space", type=Path, metavar="FOLDER", help="serve nothing; write a Hugging Face Space with this page"
+    )
     return parser
-
-
-def run_align(args: argparse.Namespace) -> None:
-    recipe = load_recipe(args.recipe) if args.recipe else None
-    chosen = {
-        "base": args.base or (recipe and recipe.base),
-        "data": args.data or recipe,
-        "out": args.out or (recipe and Path(recipe.align.path)),
-    }
-    missing = [f"--{name}" for name, value in chosen.items() if not value]
-    if missing:
-        raise ValueError(f"align needs {', '.join(missing)}, or --recipe")
-    base, out = str(chosen["base"]), Path(chosen["out"])
-    if (out / "config.json").exists():
-        raise ValueError(f"{out} already holds a subspace; remove it or choose another --out")
-    resolution, num_images = args.resolution, args.num_images
-    if resolution is None:
-        resolution = recipe.data.resolution if recipe else 1024
-    if num_images is None:
-        num_images = recipe.align.num_images if recipe else 1000
-    if min(resolution, num_images) < 1:
-        raise ValueError(f"--resolution {resolution} and --num-images {num_images} must be positive")
-    revision = args.revision or (recipe.revision if recipe else None)
-    data = recipe.data if recipe else Data()
-    if args.data:
-        data = replace(data, source=args.data, mix=())
-    if args.image_column:
-        data = replace(data, image_column=args.image_column)
-    with process_state().main_process_first():
-        source = open_sources(data, captions=False, stream_folder=recipe.stream_folder if recipe else None)
-    codec = PixelCodec(recipe.pixels.space, recipe.pixels.mean, recipe.pixels.std) if recipe else PixelCodec()
-    seed = args.seed if args.seed is not None else (recipe.seed if recipe else 0)
-    family = family_of(base, revision)
-    report = align(base, family, source, codec, out, num_images, resolution, revision, seed, data.latents == "sample")
-    if process_state().is_main_process:
-        print(describe(report))
-        print(f"subspace, report.json and report.png in {out}")
-
-
-def run_finetune(args: argparse.Namespace) -> int:
-    options = ["--dry-run"] if args.dry_run else []
-    options += [] if args.card is None else [f"--card={args.card}"]
-    options += [] if args.tflops is None else [f"--tflops={args.tflops}"]
-    return finetune.main([args.recipe, *args.overrides, *options])
-
-
-def run_cache(args: argparse.Namespace) -> int:
-    recipe = load_recipe(args.recipe, args.overrides)
-    if not recipe.cache.enabled:
-        raise ValueError("cache.enabled is false in this recipe; there is nothing to cache")
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
-    family = family_of(recipe.base, recipe.revision)
-    with accelerator.main_process_first():
-        images = open_sources(recipe.data, stream_folder=recipe.stream_folder)
-    encoder = Encoder(recipe, family, accelerator.device)
-    prepared = prepare(recipe, family, images, encoder.patch, accelerator)
-    faults = verify(prepared, encoder) if args.verify and accelerator.is_main_process else []
-    accelerator.wait_for_everyone()
-    for fault in faults:
-        print(fault, file=sys.stderr)
-    if args.verify:
-        accelerator.print(f"{len(faults)} faults found" if faults else "verified: no fault found")
-    accelerator.print(f"the cache is in {recipe.cache_folder}")
-    return 1 if faults else 0
-
-
-def run_sample(args: argparse.Namespace) -> None:
-    prompts = args.prompt + (read_prompts(args.prompts) if args.prompts else [])
-    if not prompts:
-        raise ValueError("nothing to draw: give --prompt or --prompts FILE")
-    conditions = [decode(file.read_bytes(), str(file)) for file in args.image]
-    device = process_state().device
-    dtype = getattr(torch, args.dtype or default_dtype())
-    pipeline = load_pixel_pipeline(args.pipeline, dtype, args.base).to(device)
-    add_loras(pipeline, args.lora)
-    args.out.mkdir(parents=True, exist_ok=True)
-    jobs = [prompt for prompt in prompts for _ in range(args.per_prompt)]
-    pictures = []
-    for i, prompt in enumerate(jobs):
-        file = args.out / f"{args.seed + i:05d}.png"
-        if file.exists():
-            raise ValueError(f"{file} exists; choose another --out or --seed")
-        print(f"[{i + 1}/{len(jobs)}] {prompt}")
-        picture = pipeline(
-            prompt, negative_prompt=args.negative, height=args.height, width=args.width,
-            num_inference_steps=args.steps, guidance_scale=args.guidance, shift=args.shift, image=conditions or None,
-            generator=torch.Generator().manual_seed(args.seed + i),
-        ).images[0]  # fmt: skip
-        picture.save(file)
-        pictures.append(picture)
-    if args.sheet:
-        contact_sheet(pictures, jobs).save(args.out / "sheet.png")
-    print(f"{len(pictures)} pictures in {args.out}")
-
-
-def run_export(args: argparse.Namespace) -> None:
-    dtype = args.dtype and getattr(torch, args.dtype)
-    export_any(args.source, args.out, args.form, args.ema, dtype, args.base, args.revision, args.shard_size)
-    print(f"{args.form} in {args.out}")
-
-
-def run_synthesize(args: argparse.Namespace) -> None:
-    sampling = Sampling(
-        size=args.size, aspects=tuple(args.aspect or ("1:1",)), steps=args.steps, guidance=args.guidance,
-        seed=args.seed, max_length=args.max_length, dtype=args.dtype or default_dtype(),
-    )  # fmt: skip
-    complete = synthesize(
-        args.base, family_of(args.base, args.revision), read_prompts(args.prompts), args.out, args.num, sampling,
-        args.batch_size, args.revision, say=print,
-    )  # fmt: skip
-    if complete:
-        print(f"{args.num} pictures in {args.out}; README.md there says what they are and may be used for")
-
-
-def run_push(args: argparse.Namespace) -> int:
-    plan = plan_push(args.folder, args.repo, args.private)
-    if args.dry_run:
-        print(describe_plan(plan))
-        if reason := refusal(plan):
-            print(f"{'warning' if plan.private else 'error'}: {reason}", file=sys.stderr)
-        return 1 if plan.problems and not plan.private else 0
-    print(f"pushed: {push(plan, say=print)}")
-    return 0
-
-
-def default_dtype() -> str:
-    return "float32" if process_state().device.type == "cpu" else "bfloat16"
 
 
 if __name__ == "__main__":

@@ -29,3 +29,33 @@ def tiny_base() -> str:
 @pytest.fixture(scope="session")
 def tiny_data() -> str:
     return str(REPOSITORY / "recipes/tiny/data")
+
+
+@pytest.fixture(scope="module")
+def parts(tiny_base):
+    import torch
+
+    from asymflow_ft.families import flux2
+
+    return flux2.load_parts(tiny_base, ("text_encoder", "tokenizer", "transformer"), torch.float32)
+
+
+@pytest.fixture
+def pipeline(parts):
+    """The lifted tiny base, with a random basis."""
+    import torch
+
+    from asymflow_ft.components.color import PixelCodec
+    from asymflow_ft.components.pipelines import flow_solver
+    from asymflow_ft.components.subspace import PixelSubspace
+    from asymflow_ft.families import flux2
+
+    basis = torch.linalg.qr(torch.randn(768, 128, generator=torch.Generator().manual_seed(0))).Q
+    subspace = PixelSubspace.from_fit(basis, torch.tensor(2.4))
+    pipeline = flux2.PixelFlux2KleinPipeline(
+        scheduler=flow_solver(), text_encoder=parts.text_encoder, tokenizer=parts.tokenizer,
+        transformer=flux2.lift(parts.transformer, subspace), subspace=subspace, codec=PixelCodec(),
+        shift=7.0, shift_mode="static", default_size=64, max_sequence_length=32,
+    )  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline

@@ -6,7 +6,7 @@ from tests.conftest import REPOSITORY
 
 LAYERS = [
     {"method", "recipe_keys"}, {"recipe", "components"}, {"evaluation", "data", "families"}, {"hub"}, {"training"},
-    {"align"}, {"export"}, {"finetune", "synthesize"}, {"cli"},
+    {"align"}, {"export"}, {"finetune", "synthesize", "demo"}, {"commands"}, {"cli"},
 ]  # fmt: skip
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 

@@ -18,7 +18,8 @@ from asymflow_ft.components.pipelines import fit_condition, flow_solver
 from asymflow_ft.components.subspace import Cond, PixelModel, PixelSubspace
 from asymflow_ft.families import flux2
 from asymflow_ft.method.asymflow import calibrate, lift
-from asymflow_ft.method.patches import to_image
+from asymflow_ft.method.noise import inference_sigmas
+from asymflow_ft.method.patches import to_image, to_tokens
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +103,33 @@ def test_a_callback_can_change_state_and_prompt(pipeline):
     assert not torch.allclose(changed, draw(pipeline, output_type="latent"), atol=1e-2)
     with pytest.raises(ValueError, match="not for \\['noise'\\]"):
         draw(pipeline, callback_on_step_end=other_prompt, callback_on_step_end_tensor_inputs=["noise"])
+
+
+def test_a_callback_sees_every_step_s_clean_estimate(pipeline):
+    seen = []
+
+    def look(pipe, step, timestep, tensors):
+        seen.append(dict(tensors))
+        return {"clean": torch.zeros_like(tensors["clean"])}
+
+    options = {"num_inference_steps": 4, "guidance_scale": 1.0, "clamp": False, "output_type": "latent"}
+    asked = {"callback_on_step_end": look, "callback_on_step_end_tensor_inputs": ["latents", "clean"]}
+    drawn = draw(pipeline, **options, **asked)
+    assert torch.equal(drawn, draw(pipeline, **options))  # what it returns as `clean` is for nobody
+    torch.testing.assert_close(seen[-1]["clean"], drawn, rtol=0, atol=1e-4)
+    sigmas = inference_sigmas(4, 7.0)
+    before = [torch.randn(1, 3, 64, 64, generator=seeded()), *(step["latents"] for step in seen)]
+    cond = Cond(pipeline.encode_prompt("red apple", max_sequence_length=32)[0])
+    with torch.no_grad():
+        for i, step in enumerate(seen):
+            expected = pipeline.pixel_model.clean(to_tokens(before[i], 16), sigmas[i].reshape(1, 1, 1), cond, (4, 4))
+            torch.testing.assert_close(to_tokens(step["clean"], 16), expected, rtol=0, atol=1e-4)
+
+    def inside(pipe, step, timestep, tensors):
+        torch.testing.assert_close(pipe.codec.clamp(tensors["clean"]), tensors["clean"], rtol=0, atol=2e-3)
+        return {}
+
+    draw(pipeline, callback_on_step_end=inside, callback_on_step_end_tensor_inputs=["clean"])
 
 
 def test_lora_files_come_and_go(pipeline, parts, tmp_path):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from asymflow_ft.components.color import rgb_tensor
 from asymflow_ft.components.subspace import Cond, PixelModel
+from asymflow_ft.method.asymflow import velocity_to_clean
 from asymflow_ft.method.guidance import clamp_velocity, guide
 from asymflow_ft.method.noise import dynamic_shift, inference_sigmas
 from asymflow_ft.method.patches import to_image, to_tokens
@@ -44,7 +45,7 @@ class PixelPipelineMixin:
 
     model_cpu_offload_seq = "text_encoder->transformer"
     _exclude_from_cpu_offload = ["subspace"]  # its tensors are read without a forward, which no hook would notice
-    _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
+    _callback_tensor_inputs = ["latents", "clean", "prompt_embeds", "negative_prompt_embeds"]
     predict: Callable[..., Tensor]
 
     @property
@@ -99,7 +100,8 @@ class PixelPipelineMixin:
                 training loses them; docs/data.md says how pairs bring them back.
             generator: CPU or device generator(s) for the noise. latents: the noise itself, (B, 3, H, W) N(0, 1).
             output_type: "pil", "np", "pt" ((B, 3, H, W) in [0, 1]) or "latent" (pixel space, not decoded).
-            callback_on_step_end: as in diffusers.
+            callback_on_step_end: as in diffusers. Beside `latents` it may ask for `clean`, the step's estimate of the
+                image, (B, 3, H, W) in pixel space; `codec.decode` makes it a picture. Changing it changes nothing.
 
         Returns:
             The family's output class with `.images`, or a tuple with them.
@@ -156,8 +158,10 @@ class PixelPipelineMixin:
             self.codec.encode(rgb_tensor(one)[None]).to(device).expand(shape[0], -1, -1, -1) for one in conditions
         )
         model = self.pixel_model
+        clean = x
 
         def velocity(x_t: Tensor, sigma: Tensor) -> Tensor:
+            nonlocal clean
             level = sigma.expand(len(x_t), 1, 1)
 
             def conditioned_on(name: str, embeds: Tensor) -> Tensor:
@@ -173,6 +177,7 @@ class PixelPipelineMixin:
                 v = clamp_velocity(
                     v, x_t, level, lambda x0: to_tokens(self.codec.clamp(to_image(x0, grid, patch)), patch)
                 )
+            clean = velocity_to_clean(v, x_t, level)
             return v
 
         sigmas = inference_sigmas(num_inference_steps, self.shift_at(height, width) if shift is None else shift)
@@ -187,6 +192,7 @@ class PixelPipelineMixin:
                 latents = to_image(x, grid, patch)
                 tensors = {
                     "latents": latents,
+                    "clean": to_image(clean, grid, patch),
                     "prompt_embeds": prompt_embeds,
                     "negative_prompt_embeds": negative_prompt_embeds,
                 }

@@ -5,6 +5,7 @@ token per 16x16 pixels. The transformer takes sigma in [0, 1] and predicts eps -
 """
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -212,7 +213,7 @@ def predict(
 
 def draw_base(
     parts: DiffusionPipeline, noise: Tensor, embeds: Tensor, empty: Tensor, size: Grid, steps: int,
-    guidance: float | None,
+    guidance: float | None, on_step: Callable[[int], None] | None = None,
 ) -> list[Image.Image]:  # fmt: skip
     """Pictures of the latent base by its own stock pipeline and scheduler.
 
@@ -220,8 +221,9 @@ def draw_base(
         noise: packed latents (B, 128, h, w), N(0, 1). embeds: (B, L, E). empty: embedding of "", (L, E).
         size: (height, width) in pixels. guidance: classifier-free guidance scale, None for the pixel pipeline's
             default; dev's stock pipeline has none, and its guidance_scale is the embedded value.
+        on_step: called with the index of every step that is done.
     """
-    return _run_base(parts, noise, embeds, empty, size, steps, guidance, "pil")[0]
+    return _run_base(parts, noise, embeds, empty, size, steps, guidance, "pil", on_step)[0]
 
 
 def draw_base_latents(
@@ -234,7 +236,7 @@ def draw_base_latents(
 
 def _run_base(
     parts: DiffusionPipeline, noise: Tensor, embeds: Tensor, empty: Tensor, size: Grid, steps: int,
-    guidance: float | None, output_type: str,
+    guidance: float | None, output_type: str, on_step: Callable[[int], None] | None = None,
 ) -> tuple[Any, Tensor]:  # fmt: skip
     if isinstance(parts, Flux2KleinPipeline):
         scale = CFG_SCALE if guidance is None else guidance
@@ -246,6 +248,8 @@ def _run_base(
     def keep(pipeline: DiffusionPipeline, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict:
         # taken here because the pipeline's "latent" output is no longer whitened, and rounded once more in bf16
         last.update(tensors)
+        if on_step is not None:
+            on_step(step)
         return {}
 
     images = parts(

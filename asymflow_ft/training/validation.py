@@ -38,6 +38,14 @@ def prompt_noise(count: int, size: tuple[int, int], seed: int) -> Tensor:
     return torch.stack([torch.randn(3, *size, generator=generator) for generator in generators])
 
 
+def base_noise(noise: Tensor, subspace: PixelSubspace) -> Tensor:
+    """Latent noise (B, R, H / patch, W / patch): the projection of pixel noise (B, 3, H, W)."""
+    patch = subspace.config["patch"]
+    grid = (noise.shape[-2] // patch, noise.shape[-1] // patch)
+    basis = subspace.float32()[0]
+    return to_image(to_tokens(noise.to(basis), patch) @ basis, grid, 1)
+
+
 def share(items: Sequence[int], accelerator: Accelerator) -> list[int]:
     """This process's part of `items`; the same number for every process, so the last item may come twice."""
     padded = [*items, *[items[-1]] * (-len(items) % accelerator.num_processes)] if items else []
@@ -71,13 +79,11 @@ class Validation:
 
     def base_drawer(self, family: ModuleType, parts: DiffusionPipeline) -> Draw:
         """The latent base by its own pipeline, from the projection of the same noise."""
-        patch, sample = self.subspace.config["patch"], self.recipe.sample
-        grid = (self.size[0] // patch, self.size[1] // patch)
+        sample = self.recipe.sample
         parts.set_progress_bar_config(disable=True)
 
         def draw(start: int, stop: int) -> Sequence[Image.Image]:
-            tokens = to_tokens(self.noise[start:stop], patch).to(self.accelerator.device)
-            noise = to_image(tokens @ self.subspace.float32()[0], grid, 1)
+            noise = base_noise(self.noise[start:stop], self.subspace)
             embeds = self.embeds[start:stop]
             return family.draw_base(parts, noise, embeds, self.empty, self.size, sample.steps, sample.guidance)
 

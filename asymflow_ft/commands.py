@@ -1,0 +1,191 @@
+"""What each command of asymflow-ft does: calls, prints."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from asymflow_ft import demo, finetune
+from asymflow_ft.align import align, describe
+from asymflow_ft.components.color import PixelCodec
+from asymflow_ft.components.pipelines import NEGATIVE_PROMPT
+from asymflow_ft.data.decode import decode
+from asymflow_ft.data.source import open_sources
+from asymflow_ft.evaluation.pictures import contact_sheet
+from asymflow_ft.export import export_any, load_pixel_pipeline
+from asymflow_ft.families import family_of
+from asymflow_ft.hub.forms import add_loras
+from asymflow_ft.hub.push import describe_plan, plan_push, push, refusal
+from asymflow_ft.recipe import Data, load_recipe
+from asymflow_ft.synthesize import Sampling, synthesize
+from asymflow_ft.training.encode import Encoder
+from asymflow_ft.training.run import process_state
+from asymflow_ft.training.stages import prepare, read_prompts, verify
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the parsed command `args.command`; 0 on success, 1 after a message about what the user can mend, 130 after
+    Ctrl-C."""
+    try:
+        return COMMANDS[args.command](args) or 0
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except torch.OutOfMemoryError as error:
+        print(f"error: {error} (smaller pictures, batches or --dtype bfloat16 need less)", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def run_align(args: argparse.Namespace) -> None:
+    recipe = load_recipe(args.recipe) if args.recipe else None
+    chosen = {
+        "base": args.base or (recipe and recipe.base),
+        "data": args.data or recipe,
+        "out": args.out or (recipe and Path(recipe.align.path)),
+    }
+    missing = [f"--{name}" for name, value in chosen.items() if not value]
+    if missing:
+        raise ValueError(f"align needs {', '.join(missing)}, or --recipe")
+    base, out = str(chosen["base"]), Path(chosen["out"])
+    if (out / "config.json").exists():
+        raise ValueError(f"{out} already holds a subspace; remove it or choose another --out")
+    resolution, num_images = args.resolution, args.num_images
+    if resolution is None:
+        resolution = recipe.data.resolution if recipe else 1024
+    if num_images is None:
+        num_images = recipe.align.num_images if recipe else 1000
+    if min(resolution, num_images) < 1:
+        raise ValueError(f"--resolution {resolution} and --num-images {num_images} must be positive")
+    revision = args.revision or (recipe.revision if recipe else None)
+    data = recipe.data if recipe else Data()
+    if args.data:
+        data = replace(data, source=args.data, mix=())
+    if args.image_column:
+        data = replace(data, image_column=args.image_column)
+    with process_state().main_process_first():
+        source = open_sources(data, captions=False, stream_folder=recipe.stream_folder if recipe else None)
+    codec = PixelCodec(recipe.pixels.space, recipe.pixels.mean, recipe.pixels.std) if recipe else PixelCodec()
+    seed = args.seed if args.seed is not None else (recipe.seed if recipe else 0)
+    family = family_of(base, revision)
+    report = align(base, family, source, codec, out, num_images, resolution, revision, seed, data.latents == "sample")
+    if process_state().is_main_process:
+        print(describe(report))
+        print(f"subspace, report.json and report.png in {out}")
+
+
+def run_finetune(args: argparse.Namespace) -> int:
+    options = ["--dry-run"] if args.dry_run else []
+    options += [] if args.card is None else [f"--card={args.card}"]
+    options += [] if args.tflops is None else [f"--tflops={args.tflops}"]
+    return finetune.main([args.recipe, *args.overrides, *options])
+
+
+def run_cache(args: argparse.Namespace) -> int:
+    recipe = load_recipe(args.recipe, args.overrides)
+    if not recipe.cache.enabled:
+        raise ValueError("cache.enabled is false in this recipe; there is nothing to cache")
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    family = family_of(recipe.base, recipe.revision)
+    with accelerator.main_process_first():
+        images = open_sources(recipe.data, stream_folder=recipe.stream_folder)
+    encoder = Encoder(recipe, family, accelerator.device)
+    prepared = prepare(recipe, family, images, encoder.patch, accelerator)
+    faults = verify(prepared, encoder) if args.verify and accelerator.is_main_process else []
+    accelerator.wait_for_everyone()
+    for fault in faults:
+        print(fault, file=sys.stderr)
+    if args.verify:
+        accelerator.print(f"{len(faults)} faults found" if faults else "verified: no fault found")
+    accelerator.print(f"the cache is in {recipe.cache_folder}")
+    return 1 if faults else 0
+
+
+def run_sample(args: argparse.Namespace) -> None:
+    prompts = args.prompt + (read_prompts(args.prompts) if args.prompts else [])
+    if not prompts:
+        raise ValueError("nothing to draw: give --prompt or --prompts FILE")
+    conditions = [decode(file.read_bytes(), str(file)) for file in args.image]
+    device = process_state().device
+    dtype = getattr(torch, args.dtype or default_dtype())
+    pipeline = load_pixel_pipeline(args.pipeline, dtype, args.base).to(device)
+    add_loras(pipeline, args.lora)
+    args.out.mkdir(parents=True, exist_ok=True)
+    jobs = [prompt for prompt in prompts for _ in range(args.per_prompt)]
+    pictures = []
+    negative = NEGATIVE_PROMPT if args.negative is None else args.negative
+    for i, prompt in enumerate(jobs):
+        file = args.out / f"{args.seed + i:05d}.png"
+        if file.exists():
+            raise ValueError(f"{file} exists; choose another --out or --seed")
+        print(f"[{i + 1}/{len(jobs)}] {prompt}")
+        picture = pipeline(
+            prompt, negative_prompt=negative, height=args.height, width=args.width,
+            num_inference_steps=args.steps, guidance_scale=args.guidance, shift=args.shift, image=conditions or None,
+            generator=torch.Generator().manual_seed(args.seed + i),
+        ).images[0]  # fmt: skip
+        picture.save(file)
+        pictures.append(picture)
+    if args.sheet:
+        contact_sheet(pictures, jobs).save(args.out / "sheet.png")
+    print(f"{len(pictures)} pictures in {args.out}")
+
+
+def run_export(args: argparse.Namespace) -> None:
+    dtype = args.dtype and getattr(torch, args.dtype)
+    export_any(args.source, args.out, args.form, args.ema, dtype, args.base, args.revision, args.shard_size)
+    print(f"{args.form} in {args.out}")
+
+
+def run_synthesize(args: argparse.Namespace) -> None:
+    sampling = Sampling(
+        size=args.size, aspects=tuple(args.aspect or ("1:1",)), steps=args.steps, guidance=args.guidance,
+        seed=args.seed, max_length=args.max_length, dtype=args.dtype or default_dtype(),
+    )  # fmt: skip
+    complete = synthesize(
+        args.base, family_of(args.base, args.revision), read_prompts(args.prompts), args.out, args.num, sampling,
+        args.batch_size, args.revision, say=print,
+    )  # fmt: skip
+    if complete:
+        print(f"{args.num} pictures in {args.out}; README.md there says what they are and may be used for")
+
+
+def run_push(args: argparse.Namespace) -> int:
+    plan = plan_push(args.folder, args.repo, args.private)
+    if args.dry_run:
+        print(describe_plan(plan))
+        if reason := refusal(plan):
+            print(f"{'warning' if plan.private else 'error'}: {reason}", file=sys.stderr)
+        return 1 if plan.problems and not plan.private else 0
+    print(f"pushed: {push(plan, say=print)}")
+    return 0
+
+
+def run_demo(args: argparse.Namespace) -> None:
+    if args.export_space is None:
+        demo.serve(args.model, args.base, args.dtype, args.host, args.port, args.share)
+        return
+    demo.export_space(args.model, args.export_space, args.base, args.dtype)
+    print(f"{args.export_space} is a Space; `hf upload USER/SPACE {args.export_space} --repo-type space` uploads it")
+
+
+def default_dtype() -> str:
+    return "float32" if process_state().device.type == "cpu" else "bfloat16"
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
+    "align": run_align,
+    "finetune": run_finetune,
+    "cache": run_cache,
+    "sample": run_sample,
+    "export": run_export,
+    "synthesize": run_synthesize,
+    "push": run_push,
+    "demo": run_demo,
+}
