@@ -136,8 +136,8 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--out", type=Path, required=True, help="new folder")
     command.add_argument(
         "--form", required=True, choices=("pipeline", "adapter", "merged", "lora"), help="pipeline: loads in stock "
-        "diffusers with trust_remote_code. adapter: the released format, also ComfyUI's. merged: plain transformer and subspace. "
-        "lora: of a run that trains a style LoRA",
+        "diffusers with trust_remote_code. adapter: the released format, also ComfyUI's. merged: plain transformer "
+        "and subspace. lora: of a run that trains a style LoRA",
     )  # fmt: skip
     command.add_argument(
         "--ema", action=argparse.BooleanOptionalAction, default=None,
