@@ -15,8 +15,6 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 
 from asymflow_ft.align import to_picture
@@ -298,23 +296,16 @@ def export_space(model: str, folder: Path, base: str | None = None, dtype: str |
     """
     _gradio()
     for name in (model, base) if base else (model,):
-        if Path(name).exists() or not _is_hub_id(name):
+        if Path(name).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
             raise ValueError(
-                f"a Space reads its models from the Hub, and {name} is no Hub id such as user/name; upload it first"
+                f"a Space reads its models from the Hub, and {name} is a local path or no Hub id such as user/name; "
+                "upload it first and give its id"
             )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"--export-space {folder} exists and is not empty; choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in space_files(model, base, dtype, card_licence(model), version("gradio"), versions()).items():
         (folder / name).write_text(content, encoding="utf-8")
-
-
-def _is_hub_id(name: str) -> bool:
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return re.fullmatch(r"[^/]+/[^/]+", name) is not None
 
 
 def _bar(text: str, done: float) -> str:

@@ -158,5 +158,5 @@ def test_a_space_is_written_once_and_for_models_of_the_hub(tmp_path, capsys):
     assert front["sdk_version"] == version("gradio") and front["models"] == ["me/model"] and "license" not in front
     needed = (folder / "requirements.txt").read_text().split()
     assert f"asymflow-ft=={version('asymflow-ft')}" in needed and f"diffusers=={version('diffusers')}" in needed
-    for model, message in [("me/model", "not empty"), (str(tmp_path), "is no Hub id"), ("model", "is no Hub id")]:
+    for model, message in [("me/model", "not empty"), (str(tmp_path), "a local path"), ("model", "no Hub id")]:
         assert export(model) == 1 and message in capsys.readouterr().err
