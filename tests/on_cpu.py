@@ -1,5 +1,6 @@
 """Not a test: FSDP and DeepSpeed on CPU processes, which accelerate allows on GPUs only; torch does it with gloo."""
 
+import importlib
 import os
 
 from accelerate import PartialState
@@ -14,7 +15,6 @@ def spread_as_on_gpus() -> bool:
         layout = DistributedType.DEEPSPEED if zero else DistributedType.MULTI_GPU
         PartialState._shared_state["distributed_type"] = layout
     if zero:
-        from deepspeed.comm import torch as backend
-
-        backend.build_shm_op = lambda: None  # DeepSpeed's own all-reduce for CPUs, which it would compile for a minute
+        backend = importlib.import_module("deepspeed.comm.torch")
+        backend.build_shm_op = lambda: None  # its own all-reduce for CPUs, which it would compile for a minute
     return zero

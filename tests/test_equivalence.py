@@ -46,7 +46,8 @@ def weights_of(out, name="trained"):
 
 
 def launched(config, *options):
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     command = [
         sys.executable,
         "-m",
@@ -167,6 +168,29 @@ def test_a_run_goes_on_with_another_number_of_processes(plain, shared, capsys):
     assert "holds a run of 4 images per step, and this is one of 2" in capsys.readouterr().err
     assert finetune.main([*options, "train.batch_size=1", "train.accumulation=4"]) == 0
     same(out, other)
+
+
+@pytest.mark.slow
+def test_deepspeed_and_one_process_continue_each_other(plain, shared, tmp_path, monkeypatch):
+    """The package is installed into a folder of its own, since it is not part of the tests' environment."""
+    packages = ["deepspeed==0.19.8", "einops", "hjson", "msgpack", "ninja", "py-cpuinfo"]
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation"]
+    subprocess.run(
+        [*install, "--target", str(tmp_path), *packages], check=True, env=os.environ | {"DS_BUILD_OPS": "0"}
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    kind, out = plain
+    first, last = shared / f"{kind}-zero-first", shared / f"{kind}-zero-last"
+    cut = ["train.batch_size=1", "train.accumulation=2"]
+    for other, start, end in ((first, True, False), (last, False, True)):
+        for zero, steps in ((start, 2), (end, STEPS)):
+            options = arguments(other, shared / "subspace", *KINDS[kind], f"train.steps={steps}")
+            if zero:
+                launched("deepspeed", "tests/launch_finetune.py", *options, *cut)
+            else:
+                assert finetune.main(options) == 0
+        same(out, other)
 
 
 def test_bf16_8_bit_adam_checkpointing_and_quantised_weights_train(shared, monkeypatch_module):
