@@ -37,7 +37,7 @@ from asymflow_ft.families import family_of
 from asymflow_ft.recipe import Recipe, load_recipe
 from asymflow_ft.training import trainable
 from asymflow_ft.training.checkpoint import load_checkpoint, newest_whole, restore, save_checkpoint, write_json
-from asymflow_ft.training.distributed import gather, gather_optimizer, load_optimizer, whole
+from asymflow_ft.training.distributed import gather, gather_optimizer, limit_norm, load_optimizer, whole
 from asymflow_ft.training.ema import PowerEma
 from asymflow_ft.training.encode import free_memory
 from asymflow_ft.training.feed import loader, next_batch
@@ -239,6 +239,8 @@ def finetune(recipe: Recipe) -> None:
     )
     while step < train.steps:
         set_rates(optimizer, step, train)
+        limit = train.clip_norm if step >= train.clip_after else math.inf
+        limit_norm(optimizer, limit)
         rows, names = [], []
         for micro in range(train.accumulation):
             batch = next_batch(batches)
@@ -249,8 +251,7 @@ def finetune(recipe: Recipe) -> None:
                 accelerator.backward(terms.loss())
             rows.append(terms.rows())
             names += batch.names
-        limit = train.clip_norm if step >= train.clip_after else math.inf
-        norm = whole(accelerator.clip_grad_norm_(parameters.values(), limit)).item()
+        norm = float(whole(accelerator.clip_grad_norm_(parameters.values(), limit)))
         if math.isfinite(norm):
             optimizer.step()
         optimizer.zero_grad()

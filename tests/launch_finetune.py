@@ -1,14 +1,12 @@
 """Not a test: `finetune.main` under `accelerate launch` on CPU processes, sharded too (tests/test_equivalence.py)."""
 
-import os
 import sys
 
-from accelerate import PartialState
-from accelerate.utils import DistributedType
+from accelerate import Accelerator
 
 from asymflow_ft import finetune
+from tests.on_cpu import spread_as_on_gpus
 
-if os.environ.get("ACCELERATE_USE_FSDP") == "true":  # accelerate allows FSDP on GPUs only; torch does it with gloo
-    PartialState(cpu=True)
-    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+if spread_as_on_gpus():
+    finetune.Accelerator = lambda cpu, **more: Accelerator(**more)
 sys.exit(finetune.main())

@@ -9,6 +9,7 @@ from tests.conftest import REPOSITORY
 KINDS = {
     "single_gpu": (DistributedType.NO, 1, 1), "8_gpus": (DistributedType.MULTI_GPU, 8, 1),
     "multi_node": (DistributedType.MULTI_GPU, 16, 2), "fsdp2": (DistributedType.FSDP, 8, 1),
+    "deepspeed": (DistributedType.DEEPSPEED, 8, 1),
     "cpu": (DistributedType.MULTI_GPU, 2, 1),
 }  # fmt: skip
 FOLDER = REPOSITORY / "recipes/accelerate"

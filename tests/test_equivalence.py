@@ -1,20 +1,25 @@
 """One run, whatever way it is made: cut into micro-batches or over processes, recomputed, killed and continued."""
 
 import json
+import multiprocessing
 import os
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 from asymflow_ft import cli, finetune
 from asymflow_ft.components.subspace import load_subspace
 from asymflow_ft.training.checkpoint import newest_whole
+from asymflow_ft.training.run import read_lines
 from tests.conftest import REPOSITORY
 
 RECORDED = REPOSITORY / "tests/golden/trajectories.json"
@@ -41,7 +46,8 @@ def weights_of(out, name="trained"):
 
 
 def launched(config, *options):
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     command = [
         sys.executable,
         "-m",
@@ -164,6 +170,29 @@ def test_a_run_goes_on_with_another_number_of_processes(plain, shared, capsys):
     same(out, other)
 
 
+@pytest.mark.slow
+def test_deepspeed_and_one_process_continue_each_other(plain, shared, tmp_path, monkeypatch):
+    """The package is installed into a folder of its own, since it is not part of the tests' environment."""
+    packages = ["deepspeed==0.19.8", "einops", "hjson", "msgpack", "ninja", "py-cpuinfo"]
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation"]
+    subprocess.run(
+        [*install, "--target", str(tmp_path), *packages], check=True, env=os.environ | {"DS_BUILD_OPS": "0"}
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    kind, out = plain
+    first, last = shared / f"{kind}-zero-first", shared / f"{kind}-zero-last"
+    cut = ["train.batch_size=1", "train.accumulation=2"]
+    for other, start, end in ((first, True, False), (last, False, True)):
+        for zero, steps in ((start, 2), (end, STEPS)):
+            options = arguments(other, shared / "subspace", *KINDS[kind], f"train.steps={steps}")
+            if zero:
+                launched("deepspeed", "tests/launch_finetune.py", *options, *cut)
+            else:
+                assert finetune.main(options) == 0
+        same(out, other)
+
+
 def test_bf16_8_bit_adam_checkpointing_and_quantised_weights_train(shared, monkeypatch_module):
     """The options of small cards, which run on the CPU as well: finite, and close to the run in full precision."""
     losses = {}
@@ -181,25 +210,78 @@ def test_bf16_8_bit_adam_checkpointing_and_quantised_weights_train(shared, monke
         assert losses[name] == pytest.approx(losses["float32"], rel=tolerance) and losses[name] != losses["float32"]
 
 
+def train_and_tell(pipe, *argv):
+    """The program, which says when it begins to write a checkpoint or the finished pipeline."""
+
+    def telling(write):
+        def write_and_tell(*arguments):
+            pipe.send("writing")
+            return write(*arguments)
+
+        return write_and_tell
+
+    finetune.save_checkpoint, finetune.save_pipeline = map(telling, (finetune.save_checkpoint, finetune.save_pipeline))
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        sys.exit(finetune.main(arguments(*argv)))
+
+
+def kill_often(shared, pipe):
+    """Start the program again and again, each time until a SIGKILL: anywhere, or while it writes a checkpoint or the
+    finished pipeline. Then let it end, and run it once without kills.
+
+    For a process of its own, from which the starts are forked: the imports take longer than a start. Sends how many
+    kills there were, and how many of them came before the end of a write."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a fork cannot use a device that its parent has used
+    tqdm.set_lock(threading.RLock())  # its own lock is a semaphore that a kill would leave behind
+    tqdm.monitor_interval = 0  # a thread, which might hold the lock at a fork
+    options = [*KINDS["lora"], "lora.dropout=0.2", "train.batch_size=1", "train.checkpoint_every=2"]
+    assert finetune.main(arguments(shared / "warm", shared / "subspace", *options, "train.steps=1")) == 0
+    killed, rng, newest, until_write = shared / "killed", random.Random(0), 0, 1.0
+    kills = inside = 0
+    for where in ["checkpoint", "anywhere"] * 15 + ["pipeline"] * 5:
+        steps = f"train.steps={newest if where == 'pipeline' else 1000}"
+        receiver, sender = multiprocessing.Pipe(duplex=False)
+        run = multiprocessing.get_context("fork").Process(
+            target=train_and_tell, args=(sender, killed, shared / "subspace", *options, steps)
+        )
+        began = time.perf_counter()
+        run.start()
+        sender.close()
+        if where != "anywhere":
+            assert receiver.recv() == "writing"
+            until_write = time.perf_counter() - began
+        time.sleep(rng.uniform(0, 1.5 * until_write if where == "anywhere" else 0.015))
+        run.kill()
+        run.join()
+        assert run.exitcode == -signal.SIGKILL
+        found, broken = newest_whole(killed / "checkpoints")
+        before, newest = newest, int(found.name[5:]) if found else 0
+        logged = len(read_lines(killed / "logs/train.jsonl"))
+        assert not broken and max(before, logged - 2) <= newest <= logged
+        kills += 1
+        inside += where == "checkpoint" and newest == before
+    for out in (killed, shared / "straight"):
+        assert finetune.main(arguments(out, shared / "subspace", *options, f"train.steps={newest}")) == 0
+    pipe.send((kills, inside))
+
+
 def test_kill_9_at_random_instants_loses_only_what_is_after_the_last_checkpoint(shared, monkeypatch_module):
-    options = [*KINDS["lora"], "train.checkpoint_every=1", "train.keep_checkpoints=1", "lora.dropout=0.2"]
+    spawn = multiprocessing.get_context("spawn")
+    receiver, sender = spawn.Pipe(duplex=False)
+    process = spawn.Process(target=kill_often, args=(shared, sender))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    kills, inside = receiver.recv()
+    assert kills >= 30 and inside >= 5
+
     straight, killed = shared / "straight", shared / "killed"
-    assert finetune.main(arguments(straight, shared / "subspace", *options)) == 0
-    command = [sys.executable, "-m", "asymflow_ft.finetune", *arguments(killed, shared / "subspace", *options)]
-    rng, log = random.Random(0), killed / "logs/train.jsonl"
-    for round_ in range(3):
-        with open(shared / "killed.txt", "w") as output:
-            run = subprocess.Popen(command, cwd=REPOSITORY, stdout=output, stderr=output)
-        while run.poll() is None and not (log.is_file() and len(log.read_text().splitlines()) > round_):
-            time.sleep(0.02)
-        time.sleep(rng.uniform(0, 0.15))  # inside the next step, or the writing of its checkpoint
-        run.send_signal(signal.SIGKILL)
-        run.wait()
-    assert finetune.main(arguments(killed, shared / "subspace", *options)) == 0
-    assert log_of(killed) == log_of(straight)
+    assert log_of(killed) == log_of(straight) and len(log_of(killed)) > 5
     for name in ("trained", "ema"):
         one, other = weights_of(straight, name), weights_of(killed, name)
         assert all(torch.equal(one[key], other[key]) for key in one | other)
+    one, other = (json.loads((out / "metrics.json").read_text()) for out in (straight, killed))
+    assert one["held_out_error"] == other["held_out_error"] and one["finetuned"] == other["finetuned"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -4,8 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from asymflow_ft.training.zero import gather_zero, load_zero
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -34,8 +37,17 @@ def gather(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
     return gathered
 
 
+def limit_norm(optimizer: torch.optim.Optimizer, limit: float) -> None:
+    """Tell DeepSpeed, which steps inside the last backward pass, how to clip; under it `Accelerator.clip_grad_norm_`
+    only reads the norm. Others clip there."""
+    if isinstance(optimizer, DeepSpeedOptimizerWrapper):
+        optimizer.optimizer.clip_grad = limit
+
+
 def gather_optimizer(optimizer: torch.optim.Optimizer, keep: bool) -> dict[str, Any]:
     """`optimizer.state_dict()` with whole tensors on the CPU where `keep` is true; all processes must call."""
+    if isinstance(optimizer, DeepSpeedOptimizerWrapper):
+        return gather_zero(optimizer, keep)
     packed = optimizer.state_dict()
     state = {}
     for index, entry in packed["state"].items():
@@ -45,7 +57,9 @@ def gather_optimizer(optimizer: torch.optim.Optimizer, keep: bool) -> dict[str, 
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, packed: Mapping[str, Any]) -> None:
-    """Undo `gather_optimizer`, whatever the layout of the parameters is now."""
+    """Undo `gather_optimizer`, whatever the layout of the parameters is now; they must have been restored."""
+    if isinstance(optimizer, DeepSpeedOptimizerWrapper):
+        return load_zero(optimizer, packed)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state = {
         index: {

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from asymflow_ft.hub.provenance import versions
 from asymflow_ft.recipe import Recipe, flat, load_recipe, save_recipe
 from asymflow_ft.training.checkpoint import write_json
+from asymflow_ft.training.zero import set_up_zero
 
 STOPPED = 75  # exit code after a stop with a checkpoint: EX_TEMPFAIL, "try again later"
 PATIENCE = timedelta(hours=6)  # processes wait for a download, a merge or a slow neighbour; the default is 10 minutes
@@ -138,12 +139,15 @@ def check_setup(recipe: Recipe, accelerator: Accelerator) -> None:
     layout = accelerator.distributed_type
     if layout == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise ValueError("FSDP version 1 is not supported; launch with recipes/accelerate/fsdp2.yaml")
-    if layout not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.FSDP):
+    sharded = layout in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    if not sharded and layout not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
         raise ValueError(
-            f"the launch configuration asks for {layout.value}, whose split optimizer state our checkpoints would "
-            "lose; use recipes/accelerate/8_gpus.yaml (DDP) or fsdp2.yaml"
+            f"the launch configuration asks for {layout.value}, which is not supported; use "
+            "recipes/accelerate/8_gpus.yaml (DDP), fsdp2.yaml or deepspeed.yaml"
         )
-    if layout == DistributedType.FSDP:
+    if layout == DistributedType.DEEPSPEED:
+        set_up_zero(accelerator, train)
+    if sharded:
         for key, value, good in (
             ("train.base_weights", train.base_weights, "full"),
             ("train.optimizer", train.optimizer, "adamw"),
@@ -151,7 +155,7 @@ def check_setup(recipe: Recipe, accelerator: Accelerator) -> None:
         ):
             if value != good:
                 raise ValueError(
-                    f"{key} is {value}, which sharded weights (FSDP) cannot have; set {key}={good}, "
+                    f"{key} is {value}, which a sharded run ({layout.value}) cannot have; set {key}={good}, "
                     "or launch with recipes/accelerate/8_gpus.yaml, where every GPU holds the whole model"
                 )
 
