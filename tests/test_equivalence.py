@@ -220,7 +220,7 @@ def train_and_tell(pipe, *argv):
 
         return write_and_tell
 
-    finetune.save_checkpoint, finetune.save_pipeline = map(telling, (finetune.save_checkpoint, finetune.save_pipeline))
+    finetune.save_checkpoint, finetune.save_result = map(telling, (finetune.save_checkpoint, finetune.save_result))
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
         sys.exit(finetune.main(arguments(*argv)))
 
