@@ -15,6 +15,7 @@ def spread_as_on_gpus() -> bool:
         layout = DistributedType.DEEPSPEED if zero else DistributedType.MULTI_GPU
         PartialState._shared_state["distributed_type"] = layout
     if zero:
+        os.environ.pop("ACCELERATE_USE_CPU", None)  # with it, Accelerator would not take the DeepSpeed configuration
         backend = importlib.import_module("deepspeed.comm.torch")
         backend.build_shm_op = lambda: None  # its own all-reduce for CPUs, which it would compile for a minute
     return zero
