@@ -147,6 +147,20 @@ def test_a_stopped_or_left_page_frees_the_model_and_seeds_are_new(page):
     assert time.perf_counter() - begun < 40  # either of them alone would take minutes
 
 
+def test_a_picture_is_sent_once(pipeline, tiny_base):
+    """Gradio writes the file of an equal picture anew, which breaks it for a browser that reads it at that moment."""
+    base = flux2.load_parts(tiny_base, ("vae", "transformer", "scheduler"), torch.float32)
+    app = demo.build_app(demo.Studio(pipeline, base, flux2), "model")
+    (draw,) = (event.fn for event in app.fns.values() if event.api_name == "draw")
+    sent = {"picture": [], "base": []}
+    for news in draw("red apple", "", 64, 64, 3, 4.0, False, 5):
+        for box, value in news.items():
+            if box.elem_id in sent:
+                sent[box.elem_id].append(value)
+    assert len(sent["picture"]) >= 3 and len({one.tobytes() for one in sent["picture"]}) == len(sent["picture"])
+    assert sent["base"][0] is None and len(sent["base"]) == 2
+
+
 def test_a_space_is_written_once_and_for_models_of_the_hub(tmp_path, capsys):
     folder = tmp_path / "space"
 
