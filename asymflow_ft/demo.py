@@ -138,10 +138,6 @@ class Studio:
                 raise Stopped
             told.put(shown)
 
-        def embed(text: str) -> torch.Tensor:
-            length = pipeline.config.max_sequence_length
-            return pipeline.encode_prompt(text, device=pipeline._execution_device, max_sequence_length=length)[0]
-
         def on_step(_: Any, i: int, timestep: torch.Tensor, tensors: dict[str, torch.Tensor]) -> dict:
             preview = to_picture(pipeline.codec.decode(tensors["clean"])[0])
             preview.thumbnail((PREVIEW, PREVIEW))
@@ -149,7 +145,8 @@ class Studio:
             return {}
 
         tell(Shown("reading the prompt", 0))
-        embeds, negative = embed(settings.prompt), embed(settings.negative)
+        length = pipeline.config.max_sequence_length
+        embeds, negative = (pipeline.embed([text], length) for text in (settings.prompt, settings.negative))
         started = time.perf_counter()
         picture = pipeline(
             prompt_embeds=embeds, negative_prompt_embeds=negative, latents=noise, height=size[0], width=size[1],
@@ -164,10 +161,10 @@ class Studio:
                 tell(Shown(f"base, step {i + 1} of {steps}", 0.99 * (steps + i + 1) / total, picture))
 
             started = time.perf_counter()
-            base_picture = self.family.draw_base(
+            (base_picture,), _ = self.family.draw_base(
                 self.base, base_noise(noise, pipeline.subspace), embeds, negative[0], size, steps, settings.guidance,
-                on_base_step,
-            )[0]  # fmt: skip
+                on_step=on_base_step,
+            )  # fmt: skip
             summary += f", base in {time.perf_counter() - started:.1f} s"
         tell(Shown(summary, 1, picture, base_picture))
 

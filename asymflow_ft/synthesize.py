@@ -21,11 +21,13 @@ from accelerate import PartialState
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from asymflow_ft.align import to_picture
 from asymflow_ft.data.buckets import bucket_size
 from asymflow_ft.data.synthetic import SETTINGS, read_rows, weights_digest
+from asymflow_ft.families.terms import OUTPUT_TERMS
 from asymflow_ft.hub.cards import card_licence, data_card, hub_commit, licence_terms
 from asymflow_ft.hub.provenance import versions
 from asymflow_ft.training.checkpoint import write_json
@@ -138,7 +140,7 @@ def synthesize(
     shards = [pictures[start : start + SHARD] for start in range(0, num, SHARD)]
     todo = [(k, rest) for k, shard in enumerate(shards) if (rest := shard[len(_rows(out, k)) :])]
     state.wait_for_everyone()  # before anyone finishes a shard, which would change the others' lists
-    terms = licence_terms(base, licence, family.OUTPUT_TERMS)
+    terms = licence_terms(base, licence, OUTPUT_TERMS)
     if state.is_main_process:
         say(terms)
         say(_check_disk(out, [picture for _, rest in todo for picture in rest], patch, family.latent_dim(vae)))
@@ -170,7 +172,7 @@ def _draw(job: _Job, part: Sequence[tuple[int, list[Picture]]], bar: tqdm) -> No
     dtype, device = getattr(torch, job.sampling.dtype), job.state.device
     texts = list(dict.fromkeys(["", *(picture.text for _, rest in part for picture in rest)]))
     parts = load_text_parts(job.family, job.base, job.revision, dtype, device)
-    encoded = encode_texts(parts, texts, job.sampling.max_length)
+    encoded = encode_texts(job.family, parts, texts, job.sampling.max_length)
     hidden = not job.state.is_main_process
     embeds = {
         text: value.cpu()
@@ -217,10 +219,11 @@ def _latents(job: _Job, stock: DiffusionPipeline, embeds: dict[str, Tensor], bat
     noise = [torch.randn(shape, generator=torch.Generator().manual_seed(picture.seed)) for picture in batch]
     text = [embeds[picture.text] for picture in batch]
     try:
-        z = job.family.draw_base_latents(
-            stock, torch.stack(noise).to(device), torch.stack(text).to(device), embeds[""].to(device), (height, width),
-            job.sampling.steps, job.sampling.guidance,
-        ).half().cpu().contiguous()  # fmt: skip
+        _, z = job.family.draw_base(
+            stock, torch.stack(noise).to(device), pad_sequence(text, batch_first=True).to(device),
+            embeds[""].to(device), (height, width), job.sampling.steps, job.sampling.guidance, output_type="latent",
+        )  # fmt: skip
+        z = z.half().cpu().contiguous()
     except torch.OutOfMemoryError as error:
         raise ValueError(
             f"out of GPU memory with {len(batch)} pictures of {width}x{height} at once; run the same command with a "

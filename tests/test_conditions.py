@@ -20,6 +20,7 @@ from asymflow_ft.components.subspace import Cond, PixelModel, PixelSubspace
 from asymflow_ft.data.prepare import Entry, collate
 from asymflow_ft.data.source import open_sources
 from asymflow_ft.families import flux2
+from asymflow_ft.families.base import transformer_on_meta
 from asymflow_ft.method.asymflow import lift
 from asymflow_ft.method.patches import to_image
 from asymflow_ft.recipe import Data, load_recipe
@@ -328,7 +329,7 @@ def test_dry_run_counts_condition_images(pairs, tiny_base):
 
     def step(conditions, *more):
         recipe = load_recipe(RECIPE, overrides(pairs, *more))
-        parts = flux2.transformer_on_meta(tiny_base), plan.vae_on_meta(tiny_base)
+        parts = transformer_on_meta(flux2, tiny_base), plan.vae_on_meta(tiny_base)
         return rehearsal.rehearse_step(recipe, flux2, *build_networks(recipe, flux2, *parts), conditions)
 
     alone, one, small = step(0), step(1), step(1, "data.condition_resolution=32")

@@ -203,7 +203,7 @@ def test_base_is_drawn_at_the_distilled_guidance(parts, guidance_seen):
     embeds = parts.encode_prompt(["red apple", "rocket"], max_sequence_length=LENGTH)[0].detach()
     noise = torch.randn(2, 128, 4, 4, generator=torch.Generator().manual_seed(0))
     for guidance in (None, 4.0):
-        drawn = flux2.draw_base(parts, noise, embeds, embeds[0], (64, 64), 2, guidance)
+        drawn, _ = flux2.draw_base(parts, noise, embeds, embeds[0], (64, 64), 2, guidance)
     assert guidance_seen == [(3.5,)] * 4
     stock = parts(prompt_embeds=embeds, latents=noise, height=64, width=64, num_inference_steps=2, guidance_scale=3.5)
     assert [one.tobytes() for one in drawn] == [one.tobytes() for one in stock.images]

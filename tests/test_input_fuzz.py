@@ -248,5 +248,5 @@ def test_mutated_inputs(tmp_path, tiny_base):
         assert count / 5 < usable < count * 0.95, (make, usable)
     parts = load_text_parts(flux2, tiny_base, None, torch.float32, torch.device("cpu"))
     assert len(captions) > 20 and all(isinstance(caption, str) for caption in captions)
-    for embedding in encode_texts(parts, sorted(captions), 32):
+    for embedding in encode_texts(flux2, parts, sorted(captions), 32):
         assert torch.isfinite(embedding).all()

@@ -14,12 +14,13 @@ WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 CLIENT = """
 import json, sys, torch
 from asymflow_ft.families import family_of
+from asymflow_ft.families.base import transformer_on_meta
 
 answers = []
 for base, revision, parts in json.loads(sys.argv[1]):
     try:
         family = family_of(base, revision)
-        layers = family.transformer_on_meta(base, revision).config.num_layers
+        layers = transformer_on_meta(family, base, revision).config.num_layers
         pipeline = family.load_parts(base, tuple(parts), torch.float32, revision)
         loaded = [name for name, part in pipeline.components.items() if part is not None]
         answers.append([family.__name__, layers, sorted(loaded)])

@@ -13,7 +13,7 @@ from huggingface_hub.hf_api import ModelInfo
 from torch.profiler import ProfilerActivity, profile
 
 from asymflow_ft.families import flux2
-from asymflow_ft.families.base import vae_on_meta
+from asymflow_ft.families.base import transformer_on_meta, vae_on_meta
 from asymflow_ft.recipe import load_recipe, override
 from asymflow_ft.training import memory, plan, rehearsal
 from tests.conftest import REPOSITORY
@@ -70,7 +70,7 @@ def test_published_models_are_counted_exactly(config, total, trained, width):
 
 def test_full_training_counts_a_float32_copy_beside_the_base(tiny_base):
     network, base, _ = memory.build_networks(
-        tiny_recipe(), flux2, flux2.transformer_on_meta(tiny_base), vae_on_meta(tiny_base)
+        tiny_recipe(), flux2, transformer_on_meta(flux2, tiny_base), vae_on_meta(tiny_base)
     )
     tensors = memory.count_tensors(flux2, network, (network, base))
     assert (sum(number for _, number in tensors.trained), tensors.frozen, tensors.linears) == (
@@ -231,7 +231,7 @@ def test_report_names_what_does_not_fit(monkeypatch, tmp_path):
     recipe = tiny_recipe(f"output_dir={tmp_path}", "train.steps=1000", "sample.every=0", "sample.judge=0")
     text = plan.dry_run(recipe, tflops=1.0, card_gb=0.9)
     step = memory.plan_memory(
-        recipe, flux2, flux2.transformer_on_meta(recipe.base), vae_on_meta(recipe.base), text_encoder=0
+        recipe, flux2, transformer_on_meta(flux2, recipe.base), vae_on_meta(recipe.base), text_encoder=0
     ).step
     pictures = 3 * 8 * 20 * 2 * step.forward_flops / 8
     assert f"{(1000 * step.flops + pictures) / 1e12 / 3600:.3g} hours at 1 TFLOP/s per GPU (as given)" in text

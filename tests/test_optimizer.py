@@ -7,6 +7,7 @@ import torch
 
 from asymflow_ft.components.subspace import PixelSubspace
 from asymflow_ft.families import flux2
+from asymflow_ft.families.base import transformer_on_meta
 from asymflow_ft.recipe import load_recipe
 from asymflow_ft.training import trainable
 from asymflow_ft.training.optimizer import make_optimizer, rate_factor, set_rates
@@ -21,7 +22,7 @@ def recipe_of(*overrides):
 
 @pytest.fixture(scope="module")
 def network():
-    network = flux2.lift(flux2.transformer_on_meta(str(REPOSITORY / "recipes/tiny/base")), PixelSubspace().to("meta"))
+    network = flux2.lift(transformer_on_meta(flux2, str(REPOSITORY / "recipes/tiny/base")), PixelSubspace().to("meta"))
     trainable.attach_lora(network, flux2.lora_targets(network), flux2.TRAINED_ENDS, rank=4, dropout=0.0)
     return network
 

@@ -492,7 +492,7 @@ def test_the_shortened_text_encoder_gives_the_stock_pipelines_embeddings(tiny_ba
     assert count[1] < count[0]
     captions = ["", *CAPTIONS, "a very long caption " * 30]
     expected = stock.encode_prompt(captions, max_sequence_length=32)[0]
-    found = torch.stack(list(encode_texts(short, captions, 32)))
+    found = torch.stack(list(encode_texts(flux2, short, captions, 32)))
     assert torch.equal(found, expected) and found.std() > 0.01
 
 

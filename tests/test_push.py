@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from asymflow_ft import cli
-from asymflow_ft.families import flux2
+from asymflow_ft.families.terms import NOTICES
 from asymflow_ft.hub.model_card import model_card
 from asymflow_ft.hub.push import plan_push
 from tests.hub_server import Hub, Repo, files_of
@@ -191,7 +191,7 @@ def test_a_non_commercial_model_gets_licence_notice_and_gate(pushed):
     repo = hub.repos["jane/restricted"]
     files = repo.commits[repo.branches["main"]]
     assert files["LICENSE.md"] == b"FLUX Non-Commercial License v2.1\n"
-    assert flux2.NOTICES["non-commercial"].encode() in files["NOTICE"]
+    assert NOTICES["non-commercial"].encode() in files["NOTICE"]
     front = ModelCard(files["README.md"].decode()).data.to_dict()
     assert {field: front[field] for field in NON_COMMERCIAL} == NON_COMMERCIAL
     assert LINK in front["extra_gated_prompt"] and list(front["extra_gated_fields"].values()) == ["checkbox"]

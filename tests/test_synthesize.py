@@ -27,6 +27,7 @@ from asymflow_ft.data.prepare import bucket_size
 from asymflow_ft.data.source import open_source
 from asymflow_ft.data.synthetic import SETTINGS, stored_latents
 from asymflow_ft.families import flux2
+from asymflow_ft.families.terms import OUTPUT_TERMS
 from asymflow_ft.hub.cards import card_licence, hub_commit, licence_terms
 from asymflow_ft.synthesize import Sampling, plan, synthesize
 
@@ -227,7 +228,7 @@ CARDS = {
 @pytest.mark.parametrize("front", CARDS)
 def test_the_bases_own_card_gives_the_licence(front, tmp_path):
     (tmp_path / "README.md").write_text(f"---\n{front}\n---\n# A base\n")
-    terms = licence_terms("some/base", card_licence(str(tmp_path)), flux2.OUTPUT_TERMS)
+    terms = licence_terms("some/base", card_licence(str(tmp_path)), OUTPUT_TERMS)
     assert all(part in terms for part in CARDS[front])
     assert ("forbids" in terms) == ("non-commercial" in front)
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import UniPCMultistepScheduler
+from diffusers import DiffusionPipeline, UniPCMultistepScheduler
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
@@ -33,8 +33,9 @@ def flow_solver() -> UniPCMultistepScheduler:
 class PixelPipelineMixin:
     """`__call__` for a pixel-space text-to-image pipeline.
 
-    The class that mixes it in registers `transformer`, `subspace`, `codec` and `scheduler`, has `encode_prompt`, the
-    static method `predict` (see PixelModel), and the config entries
+    The class that mixes it in calls `set_up`, and has `output_class`, the static method `predict` (see PixelModel),
+    the method `embed(prompts, max_length)` for text embeddings (B, L, E) with zeros in the rows of padding, and the
+    config entries
 
     - shift, shift_mode: timestep shift at `base_pixels`; "static" everywhere, or "sqrt" / "exp" with the size
     - base_pixels, max_pixels, max_shift: the second anchor of a dynamic shift
@@ -47,6 +48,17 @@ class PixelPipelineMixin:
     _exclude_from_cpu_offload = ["subspace"]  # its tensors are read without a forward, which no hook would notice
     _callback_tensor_inputs = ["latents", "clean", "prompt_embeds", "negative_prompt_embeds"]
     predict: Callable[..., Tensor]
+    embed: Callable[..., Tensor]
+
+    def set_up(self: Any, modules: dict[str, Any], **settings: Any) -> None:
+        """Register components and config. The stock __init__ is not run: it would ask for a VAE."""
+        DiffusionPipeline.__init__(self)
+        self.register_modules(**modules)
+        self.register_to_config(**settings)
+
+    @property
+    def distilled_guidance(self: Any) -> float | None:
+        return self.config.distilled_guidance
 
     @property
     def pixel_model(self: Any) -> PixelModel:
@@ -137,10 +149,8 @@ class PixelPipelineMixin:
         guided = guidance_scale > 1
 
         def encode(texts: list[str] | None, embeds: Tensor | None) -> Tensor:
-            return self.encode_prompt(
-                texts, device=device, num_images_per_prompt=num_images_per_prompt, prompt_embeds=embeds,
-                max_sequence_length=length,
-            )[0]  # fmt: skip
+            embeds = self.embed(texts, length) if embeds is None else embeds.to(device)
+            return embeds.repeat_interleave(num_images_per_prompt, dim=0)
 
         prompt_embeds = encode(prompts, prompt_embeds)
         negative_prompt_embeds = encode(negatives, negative_prompt_embeds) if guided else None

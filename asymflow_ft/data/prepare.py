@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from asymflow_ft.components.color import rgb_tensor
@@ -41,9 +42,9 @@ class Entry:
 
 @dataclass(frozen=True)
 class Batch:
-    """rgb (B, 3, H, W) in [-1, 1]; z0 latent tokens (B, N, R); embeds (B, L, E); serial numbers of the samples, from
-    which all their randomness follows; what to call the images in a message; and condition images with their latent
-    tokens, each like rgb and z0."""
+    """rgb (B, 3, H, W) in [-1, 1]; z0 latent tokens (B, N, R); embeds (B, L, E), padded with zeros; serial
+    numbers of the samples, from which all their randomness follows; what to call the images in a message; and
+    condition images with their latent tokens, each like rgb and z0."""
 
     rgb: Tensor
     z0: Tensor
@@ -177,7 +178,7 @@ def collate(items: Sequence[Batch | ValueError]) -> Batch | ValueError:
     return Batch(
         rgb=torch.cat([batch.rgb for batch in batches]),
         z0=torch.cat([batch.z0 for batch in batches]),
-        embeds=torch.cat([batch.embeds for batch in batches]),
+        embeds=pad_sequence([batch.embeds[0] for batch in batches], batch_first=True),
         serials=[batch.serials[0] for batch in batches],
         names=[batch.names[0] for batch in batches],
         references=_stack([batch.references for batch in batches]),

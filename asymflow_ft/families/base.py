@@ -3,17 +3,21 @@
 import hashlib
 import importlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import torch
 from accelerate import init_empty_weights
-from diffusers import ModelMixin
+from diffusers import DiffusionPipeline, ModelMixin
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError, HTTPError  # of the HTTP library that this version uses
 from safetensors import SafetensorError
 from torch import Tensor
+
+from asymflow_ft.components.subspace import Cond
 
 
 @contextmanager
@@ -69,12 +73,75 @@ def component_id(base: str, revision: str | None, component: str) -> str:
     return f"{base}@{Path(str(index)).parent.name}/{component}"
 
 
-def vae_on_meta(base: str, revision: str | None = None) -> ModelMixin:
-    """The base's VAE without weights, from its config alone."""
-    library, name = load_index(base, revision)["vae"]
-    kind = getattr(importlib.import_module(library), name)
+def on_meta(kind: type[ModelMixin], base: str, part: str, revision: str | None = None) -> ModelMixin:
+    """A part of the base without weights, from its config alone."""
+    config = load_json(base, f"{part}/config.json", revision)
     with init_empty_weights():
-        return kind.from_config(kind.load_config(base, subfolder="vae", revision=revision))
+        return kind.from_config(config)
+
+
+def transformer_on_meta(family: ModuleType, base: str, revision: str | None = None) -> ModelMixin:
+    """The base's transformer without weights."""
+    return on_meta(family.TRANSFORMER, base, "transformer", revision)
+
+
+def vae_on_meta(base: str, revision: str | None = None) -> ModelMixin:
+    """The base's VAE without weights."""
+    library, name = load_index(base, revision)["vae"]
+    return on_meta(getattr(importlib.import_module(library), name), base, "vae", revision)
+
+
+def stock_parts(
+    kinds: Mapping[str, type[DiffusionPipeline]], base: str, parts: tuple[str, ...], dtype: torch.dtype,
+    revision: str | None,
+) -> DiffusionPipeline:  # fmt: skip
+    """The stock pipeline of a base with its scheduler and only the named parts; the others are None and are not
+    downloaded.
+
+    Args:
+        kinds: a family's PIPELINES.
+
+    Raises:
+        ValueError: another pipeline class, or files that cannot be fetched or read.
+    """
+    index = load_index(base, revision)
+    name = index["_class_name"]
+    if name not in kinds:
+        raise ValueError(f"{base} is a {name}; this family converts {', '.join(kinds)}")
+    absent = {
+        part: None for part, value in index.items()
+        if isinstance(value, list) and part not in parts and part not in ("_class_name", "scheduler")
+    }  # fmt: skip
+    with opening(base):
+        return kinds[name].from_pretrained(base, revision=revision, dtype=dtype, **absent)
+
+
+def run_stock(
+    pipeline: DiffusionPipeline, on_step: Callable[[int], None] | None, **arguments: Any
+) -> tuple[Any, Tensor]:
+    """Images of a stock pipeline, and its float32 latents before decoding.
+
+    Args:
+        on_step: called with each finished step's index. arguments: the pipeline's own.
+    """
+    last: dict[str, Tensor] = {}
+
+    def keep(pipeline: DiffusionPipeline, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict:
+        # taken here because a pipeline's "latent" output may be no longer normalised, and rounded once more in bf16
+        last.update(tensors)
+        if on_step is not None:
+            on_step(step)
+        return {}
+
+    images = pipeline(callback_on_step_end=keep, **arguments).images
+    return images, last["latents"].float()
+
+
+def autocast(tokens: Tensor, cond: Cond) -> torch.autocast:
+    """Around a network call, in the precision of the text embeddings. Not a cast: tau stays float32 (near 1, bf16 has
+    steps of 0.004), and the trained end layers may be float32."""
+    width = cond.embeds.dtype
+    return torch.autocast(tokens.device.type, dtype=width, enabled=width in (torch.bfloat16, torch.float16))
 
 
 def build_lifted(transformer: ModelMixin, changes: dict[str, Any], state: dict[str, Tensor]) -> ModelMixin:

@@ -9,18 +9,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
-from diffusers import (
-    AutoencoderKLFlux2,
-    Flux2KleinPipeline,
-    Flux2Pipeline,
-    Flux2Transformer2DModel,
-    ModelMixin,
-    UniPCMultistepScheduler,
-)
+from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Pipeline, Flux2Transformer2DModel, ModelMixin
 from diffusers.pipelines.flux2.pipeline_output import Flux2PipelineOutput
 from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.schedulers import UniPCMultistepScheduler
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -28,11 +21,12 @@ from transformers.utils import is_torchvision_available
 
 from asymflow_ft.components.pipelines import CFG_SCALE, PixelPipelineMixin
 from asymflow_ft.components.subspace import Cond, Grid, PixelSubspace
-from asymflow_ft.families.base import build_lifted, load_index, load_json, opening
+from asymflow_ft.families.base import autocast, build_lifted, load_index, run_stock, stock_parts
 from asymflow_ft.method.asymflow import lift_weights
 from asymflow_ft.method.patches import to_image, to_tokens
 
 PIPELINES = {"Flux2KleinPipeline": Flux2KleinPipeline, "Flux2Pipeline": Flux2Pipeline}
+TRANSFORMER = Flux2Transformer2DModel
 TEXT_PARTS = ("text_encoder", "tokenizer")
 LATENT_SHIFT = 7.0  # FLUX.2's native shift at 1024x1024 (paper, latent baseline); its scheduler computes one per size
 DISTILLED_GUIDANCE = 3.5  # what diffusers' training script gives FLUX.2-dev
@@ -44,25 +38,6 @@ ADAPTER_CONFIG = (
     "num_layers", "num_single_layers", "attention_head_dim", "num_attention_heads", "joint_attention_dim",
     "timestep_guidance_channels", "mlp_ratio", "axes_dims_rope", "rope_theta", "eps", "guidance_embeds",
 )  # fmt: skip
-# part of a licence's name -> what it means for a training set of the base's pictures
-OUTPUT_TERMS = {
-    "non-commercial": "The FLUX non-commercial licence forbids training commercial models, or models that compete "
-    "with FLUX, on these pictures."
-}
-# the same for a model made from the base, and the notice that has to travel with such a model
-MODEL_TERMS = {
-    "non-commercial": "The FLUX non-commercial licence covers models made from the base: use this one, and pass it "
-    "on, only as that licence allows, with a copy of it and with its notice. It asks those who offer the model to "
-    "filter or review what is drawn and to say that it is AI-generated, and forbids training commercial models, or "
-    "models that compete with FLUX, on the model or its pictures. This is a modified model, not an official product "
-    "of Black Forest Labs."
-}
-NOTICES = {
-    "non-commercial": "This FLUX Model is licensed by Black Forest Labs Inc. under the FLUX Non-Commercial License. "
-    "Copyright Black Forest Labs Inc. IN NO EVENT SHALL BLACK FOREST LABS INC. BE LIABLE FOR ANY CLAIM, DAMAGES OR "
-    "OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH "
-    "USE OF THIS MODEL."
-}
 
 
 def load_parts(
@@ -81,8 +56,6 @@ def load_parts(
             f"use black-forest-labs/FLUX.2-klein-base-{match[1]}"
         )
     index = load_index(base, revision)
-    if index["_class_name"] not in PIPELINES:
-        raise ValueError(f"{base} is a {index['_class_name']}; the flux2 family converts {', '.join(PIPELINES)}")
     if index.get("is_distilled"):
         raise ValueError(
             f"{base} is step-distilled (is_distilled is true in its model_index.json) and cannot be finetuned with "
@@ -93,9 +66,7 @@ def load_parts(
             f"the tokenizer of {base} is a PixtralProcessor, which needs torchvision; "
             "`pip install torchvision`, in the version that fits your torch"
         )
-    absent = {name: None for name in ("vae", "text_encoder", "tokenizer", "transformer") if name not in parts}
-    with opening(base):
-        return PIPELINES[index["_class_name"]].from_pretrained(base, revision=revision, dtype=dtype, **absent)
+    return stock_parts(PIPELINES, base, parts, dtype, revision)
 
 
 def shorten_text_encoder(pipeline: DiffusionPipeline) -> None:
@@ -106,6 +77,11 @@ def shorten_text_encoder(pipeline: DiffusionPipeline) -> None:
     decoder, depth = (encoder.model, 27) if klein else (encoder.model.language_model, 30)
     decoder.layers = decoder.layers[:depth]
     decoder.norm = encoder.lm_head = nn.Identity()  # the norm would act on the last hidden state, now one that is read
+
+
+def embed(pipeline: DiffusionPipeline, prompts: list[str], max_length: int) -> Tensor:
+    """Text embeddings (B, L, E); FLUX.2 attends to the padding of a prompt, so all are `max_length` rows long."""
+    return pipeline.encode_prompt(prompts, max_sequence_length=max_length)[0]
 
 
 def latent_shift(pipeline: DiffusionPipeline) -> float:
@@ -160,13 +136,6 @@ def lift(transformer: Flux2Transformer2DModel, subspace: PixelSubspace) -> Flux2
     return build_lifted(transformer, {"in_channels": subspace.config["pixel_dim"], "out_channels": None}, state)
 
 
-def transformer_on_meta(base: str, revision: str | None = None) -> Flux2Transformer2DModel:
-    """The base's transformer without weights, from its config alone."""
-    config = load_json(base, "transformer/config.json", revision)
-    with init_empty_weights():
-        return Flux2Transformer2DModel.from_config(config)
-
-
 def text_dim(transformer: Flux2Transformer2DModel) -> int:
     """Width E of the text embeddings that the transformer reads."""
     return transformer.config.joint_attention_dim
@@ -195,14 +164,13 @@ def predict(
     Returns:
         (B, N, D or R), eps minus data, in the precision of `tokens`.
     """
-    device, width = tokens.device, cond.embeds.dtype
+    device = tokens.device
     image_ids = [_ids(grid, 0, device)]
     image_ids += [_ids(shape, 10 + 10 * m, device) for m, (_, shape) in enumerate(references)]
     text = cond.embeds.shape[1]
     text_ids = F.pad(torch.arange(text, device=device)[:, None], (3, 0))
     guidance = None if cond.guidance is None else tau.new_full(tau.shape, cond.guidance)
-    # Autocast, not casting: tau stays float32 (near 1, bf16 has steps of 0.004) and the trained ends may be float32.
-    with torch.autocast(device.type, dtype=width, enabled=width in (torch.bfloat16, torch.float16)):
+    with autocast(tokens, cond):
         out = transformer(
             hidden_states=torch.cat([tokens, *(reference for reference, _ in references)], dim=1),
             encoder_hidden_states=cond.embeds, timestep=tau, guidance=guidance,
@@ -213,50 +181,25 @@ def predict(
 
 def draw_base(
     parts: DiffusionPipeline, noise: Tensor, embeds: Tensor, empty: Tensor, size: Grid, steps: int,
-    guidance: float | None, on_step: Callable[[int], None] | None = None,
-) -> list[Image.Image]:  # fmt: skip
-    """Pictures of the latent base by its own stock pipeline and scheduler.
+    guidance: float | None, output_type: str = "pil", on_step: Callable[[int], None] | None = None,
+) -> tuple[list[Image.Image], Tensor]:  # fmt: skip
+    """Pictures of the latent base by its own stock pipeline and scheduler, and their latent tokens (B, N, R).
 
     Args:
-        noise: packed latents (B, 128, h, w), N(0, 1). embeds: (B, L, E). empty: embedding of "", (L, E).
-        size: (height, width) in pixels. guidance: classifier-free guidance scale, None for the pixel pipeline's
-            default; dev's stock pipeline has none, and its guidance_scale is the embedded value.
-        on_step: called with the index of every step that is done.
+        noise: latent tokens as an image (B, R, rows, columns), N(0, 1). embeds: (B, L, E). empty: embedding of "",
+            (L, E). size: (height, width) in pixels. guidance: classifier-free guidance scale, None for the pixel
+            pipeline's default; dev's stock pipeline has none, and its guidance_scale is the embedded value.
+        output_type: "latent" decodes no pictures. on_step: called with the index of every step that is done.
     """
-    return _run_base(parts, noise, embeds, empty, size, steps, guidance, "pil", on_step)[0]
-
-
-def draw_base_latents(
-    parts: DiffusionPipeline, noise: Tensor, embeds: Tensor, empty: Tensor, size: Grid, steps: int,
-    guidance: float | None,
-) -> Tensor:  # fmt: skip
-    """The latent tokens (B, N, 128), float32, that `draw_base` with the same arguments would decode."""
-    return _run_base(parts, noise, embeds, empty, size, steps, guidance, "latent")[1].float()
-
-
-def _run_base(
-    parts: DiffusionPipeline, noise: Tensor, embeds: Tensor, empty: Tensor, size: Grid, steps: int,
-    guidance: float | None, output_type: str, on_step: Callable[[int], None] | None = None,
-) -> tuple[Any, Tensor]:  # fmt: skip
     if isinstance(parts, Flux2KleinPipeline):
         scale = CFG_SCALE if guidance is None else guidance
         unconditional = {"negative_prompt_embeds": empty.expand(len(embeds), -1, -1)}
     else:
         scale, unconditional = DISTILLED_GUIDANCE, {}
-    last = {}
-
-    def keep(pipeline: DiffusionPipeline, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict:
-        # taken here because the pipeline's "latent" output is no longer whitened, and rounded once more in bf16
-        last.update(tensors)
-        if on_step is not None:
-            on_step(step)
-        return {}
-
-    images = parts(
-        prompt_embeds=embeds, latents=noise, height=size[0], width=size[1], num_inference_steps=steps,
-        guidance_scale=scale, output_type=output_type, callback_on_step_end=keep, **unconditional,
-    ).images  # fmt: skip
-    return images, last["latents"]
+    return run_stock(
+        parts, on_step, prompt_embeds=embeds, latents=noise, height=size[0], width=size[1], num_inference_steps=steps,
+        guidance_scale=scale, output_type=output_type, **unconditional,
+    )  # fmt: skip
 
 
 def lora_targets(transformer: Flux2Transformer2DModel) -> list[str]:
@@ -270,41 +213,24 @@ def lora_targets(transformer: Flux2Transformer2DModel) -> list[str]:
 
 class _PixelFlux2(PixelPipelineMixin):
     output_class = Flux2PipelineOutput
-    predict = staticmethod(predict)
+    predict, embed = staticmethod(predict), embed
     _optional_components: list[str] = []
 
     def __init__(
-        self,
-        scheduler: UniPCMultistepScheduler,
-        text_encoder: Any,
-        tokenizer: Any,
-        transformer: Flux2Transformer2DModel,
-        subspace: ModelMixin,  # a PixelSubspace, whose class an exported pipeline has in a file of its own
-        codec: ModelMixin,  # likewise a PixelCodec
-        shift: float = 17.0,
-        shift_mode: str = "sqrt",
-        base_pixels: int = 1024**2,
-        max_pixels: int = 2048**2,
-        max_shift: float = 34.0,
-        default_size: int = 1024,
-        max_sequence_length: int = 512,
-        distilled_guidance: float | None = None,
-    ):
-        DiffusionPipeline.__init__(self)
-        self.register_modules(
-            scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer, transformer=transformer,
-            subspace=subspace, codec=codec,
-        )  # fmt: skip
-        if distilled_guidance is None and transformer is not None and transformer.config.guidance_embeds:
-            distilled_guidance = DISTILLED_GUIDANCE  # without a value the network would silently skip its embedding
-        self.register_to_config(
+        self, scheduler: UniPCMultistepScheduler, text_encoder: Any, tokenizer: Any,
+        transformer: Flux2Transformer2DModel, subspace: ModelMixin, codec: ModelMixin, shift: float = 17.0,
+        shift_mode: str = "sqrt", base_pixels: int = 1024**2, max_pixels: int = 2048**2, max_shift: float = 34.0,
+        default_size: int = 1024, max_sequence_length: int = 512, distilled_guidance: float | None = None,
+    ):  # fmt: skip
+        guided = transformer is not None and transformer.config.guidance_embeds
+        self.set_up(
+            {"scheduler": scheduler, "text_encoder": text_encoder, "tokenizer": tokenizer, "transformer": transformer,
+             "subspace": subspace, "codec": codec},
             shift=shift, shift_mode=shift_mode, base_pixels=base_pixels, max_pixels=max_pixels, max_shift=max_shift,
-            default_size=default_size, max_sequence_length=max_sequence_length, distilled_guidance=distilled_guidance,
+            default_size=default_size, max_sequence_length=max_sequence_length,
+            # without a value the network would silently skip its embedding
+            distilled_guidance=DISTILLED_GUIDANCE if distilled_guidance is None and guided else distilled_guidance,
         )  # fmt: skip
-
-    @property
-    def distilled_guidance(self) -> float | None:
-        return self.config.distilled_guidance
 
 
 class PixelFlux2KleinPipeline(_PixelFlux2, Flux2KleinPipeline):

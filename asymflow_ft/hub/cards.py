@@ -31,7 +31,7 @@ def licence_terms(base: str, licence: dict[str, str], consequences: dict[str, st
     """What to tell those who use a base's pictures.
 
     Args:
-        licence: see card_licence. consequences: the family's OUTPUT_TERMS.
+        licence: see card_licence. consequences: families.terms.OUTPUT_TERMS.
     """
     if not licence:
         return (
@@ -50,7 +50,7 @@ def model_terms(base: str, licence: dict[str, str], consequences: dict[str, str]
     """What to tell those who use a model made from a base.
 
     Args:
-        licence: see card_licence. consequences: the family's MODEL_TERMS.
+        licence: see card_licence. consequences: families.terms.MODEL_TERMS.
     """
     if not licence:
         return (

@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
-from asymflow_ft.families import family_named
+from asymflow_ft.families.terms import MODEL_TERMS, NOTICES
 from asymflow_ft.hub.cards import FIELDS, matching, model_terms
 from asymflow_ft.hub.model_card import gating, model_card
 from asymflow_ft.hub.provenance import FILE, read_provenance
@@ -65,22 +65,22 @@ def plan_push(folder: str | Path, repo: str, private: bool) -> Plan:
     files, left_out = _files(folder, provenance["form"])
     if not any(name.endswith(".safetensors") for name in files):
         raise ValueError(f"{folder} holds no weights (*.safetensors); export again")
-    family, base, licence = family_named(provenance["family"]), provenance["base"], provenance.get("licence") or {}
+    base, licence = provenance["base"], provenance.get("licence") or {}
     texts = {}
     if "README.md" in files:
         card = _front_matter(folder / "README.md")
         stated = {field: str(card[field]) for field in FIELDS if card.get(field)}
     else:
-        notice = " ".join(matching(licence, family.NOTICES))
+        notice = " ".join(matching(licence, NOTICES))
         assets = frozenset(name.partition("/")[2] for name in files if name.startswith("assets/"))
-        terms = model_terms(base, licence, family.MODEL_TERMS)
+        terms = model_terms(base, licence, MODEL_TERMS)
         texts["README.md"] = model_card(provenance, repo, assets, terms, notice)
         card, stated = (gating(licence) if notice else {}), licence
-    special = licence.get("license") == "other" or matching(licence, family.NOTICES)
+    special = licence.get("license") == "other" or matching(licence, NOTICES)
     strict = licence if special or not stated else stated
-    notices = matching(strict, family.NOTICES)
+    notices = matching(strict, NOTICES)
     if notices and not any(name.startswith("NOTICE") for name in files):
-        texts["NOTICE"] = "\n\n".join([*notices, *matching(strict, family.MODEL_TERMS)]) + "\n"
+        texts["NOTICE"] = "\n\n".join([*notices, *matching(strict, MODEL_TERMS)]) + "\n"
     licence_copy = None
     if strict.get("license") == "other" and not any(name.startswith("LICENSE") for name in files):
         if match := HUB_FILE.fullmatch(strict.get("license_link", "")):
@@ -209,7 +209,7 @@ def _problems(
 
     Args:
         strict: the licence to keep: the base's if it is no common one, else the card's. stated: what README.md will
-            state. card: its front matter. restricted: the licence is one of the family's NOTICES.
+            state. card: its front matter. restricted: the licence is one of NOTICES.
     """
     if not strict.get("license"):
         return [

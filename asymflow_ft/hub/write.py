@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from safetensors import SafetensorError
 from torch import Tensor
 
+from asymflow_ft.families.base import transformer_on_meta
 from asymflow_ft.hub.bundle import bundle
 from asymflow_ft.hub.forms import Converted
 from asymflow_ft.hub.official import NUM_TIMESTEPS, SIGMA_MIN, adapter_config, save_adapter, subspace_buffers
@@ -105,7 +106,7 @@ def _write_adapter(
     buffers = subspace_buffers(model.subspace, torch.float32 if exact else torch.bfloat16)
     state = {name: tensor.cpu().contiguous() for name, tensor in trained.items()}
     if not transformer_config:
-        transformer_config = model.family.transformer_on_meta(provenance["base"], provenance["revision"]).config
+        transformer_config = transformer_on_meta(model.family, provenance["base"], provenance["revision"]).config
     save_adapter(
         out, {**state, **buffers}, adapter_config(model.family, transformer_config, model.subspace),
         {key: value for key, value in known.items() if value is not None},

@@ -30,17 +30,20 @@ def load_text_parts(
     family: ModuleType, base: str, revision: str | None, dtype: torch.dtype, device: torch.device
 ) -> DiffusionPipeline:
     """The base's pipeline with only what turns prompts into embeddings, without the layers that they do not use."""
-    parts = family.load_parts(base, ("text_encoder", "tokenizer"), dtype, revision)
+    parts = family.load_parts(base, family.TEXT_PARTS, dtype, revision)
     family.shorten_text_encoder(parts)
     return parts.to(device)
 
 
 @torch.no_grad()
-def encode_texts(parts: DiffusionPipeline, captions: Sequence[str], max_length: int) -> Iterator[Tensor]:
-    """Each caption's embedding (L, E)."""
+def encode_texts(
+    family: ModuleType, parts: DiffusionPipeline, captions: Sequence[str], max_length: int
+) -> Iterator[Tensor]:
+    """Each caption's embedding (L, E), without the rows of zeros that a family's `embed` pads with."""
     for start in range(0, len(captions), TEXT_BATCH):
         batch = list(captions[start : start + TEXT_BATCH])
-        yield from parts.encode_prompt(batch, max_sequence_length=max_length)[0]
+        for embeds in family.embed(parts, batch, max_length):
+            yield embeds[: int(embeds.any(dim=1).nonzero().max()) + 1]
 
 
 @dataclass(frozen=True)
@@ -73,11 +76,11 @@ class Encoder:
         folders = [source if source.is_dir() else source.parent for source in sources]  # or its metadata.jsonl
         self._synthetic = [folder for folder in folders if (folder / SETTINGS).is_file()]
         exact = [(folder / SETTINGS).read_text(encoding="utf-8") for folder in self._synthetic]
-        ids = [component_id(recipe.base, recipe.revision, name) for name in ("text_encoder", "tokenizer", "vae")]
+        ids = [component_id(recipe.base, recipe.revision, name) for name in (*family.TEXT_PARTS, "vae")]
         self.keys = Keys(
-            text=content_key(*ids[:2], recipe.text.max_length, self.dtype, self.text_storage),
-            latents=content_key(ids[2], recipe.data.latents, recipe.cache.latents, *exact),
-            conditions=content_key(ids[2], "mode", recipe.cache.latents),  # as the base sees them when it draws
+            text=content_key(*ids[:-1], recipe.text.max_length, self.dtype, self.text_storage),
+            latents=content_key(ids[-1], recipe.data.latents, recipe.cache.latents, *exact),
+            conditions=content_key(ids[-1], "mode", recipe.cache.latents),  # as the base sees them when it draws
         )
 
     def encode_captions(self, captions: Sequence[str]) -> list[Tensor]:
@@ -85,7 +88,7 @@ class Encoder:
         if self._text is None:
             recipe = self.recipe
             self._text = load_text_parts(self.family, recipe.base, recipe.revision, self.dtype, self.device)
-        return list(encode_texts(self._text, captions, self.recipe.text.max_length))
+        return list(encode_texts(self.family, self._text, captions, self.recipe.text.max_length))
 
     @torch.no_grad()
     def encode_image(self, entry: Entry, rgb: Tensor) -> Tensor:

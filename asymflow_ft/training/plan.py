@@ -13,7 +13,7 @@ from huggingface_hub.errors import HTTPError  # of the HTTP library that this ve
 
 from asymflow_ft.data.source import open_sources
 from asymflow_ft.families import family_of
-from asymflow_ft.families.base import load_index, vae_on_meta
+from asymflow_ft.families.base import load_index, transformer_on_meta, vae_on_meta
 from asymflow_ft.recipe import Data, Recipe, plain
 from asymflow_ft.training.memory import MemoryPlan, advise, plan_memory
 from asymflow_ft.training.stages import read_prompts
@@ -84,7 +84,7 @@ def dry_run(recipe: Recipe, tflops: float | None = None, card_gb: float | None =
     images = sum(map(len, opened)) + streamed
     captions = {caption for part in opened for row in range(len(part)) for caption in part.captions(row)}
     texts = len({"", *read_prompts(recipe.sample.prompts), *captions}) + streamed
-    base = family.transformer_on_meta(recipe.base, recipe.revision)
+    base = transformer_on_meta(family, recipe.base, recipe.revision)
     vae = vae_on_meta(recipe.base, recipe.revision)
     repository = open_repository(recipe.base, recipe.revision)
     plan = plan_memory(recipe, family, base, vae, _text_encoder(repository), most)
@@ -127,7 +127,7 @@ def _describe_conditions(number: int, most: int, guessed: bool) -> list[str]:
 def out_of_memory(recipe: Recipe, error: Exception) -> str:
     """What to say after a CUDA out-of-memory error; takes some seconds."""
     family = family_of(recipe.base, recipe.revision)
-    base, vae = family.transformer_on_meta(recipe.base, recipe.revision), vae_on_meta(recipe.base, recipe.revision)
+    base, vae = transformer_on_meta(family, recipe.base, recipe.revision), vae_on_meta(recipe.base, recipe.revision)
     conditions = int(any(part.condition_column is not None for part in recipe.data.parts()))
     plan = plan_memory(recipe, family, base, vae, 0, conditions)
     advice = "; ".join(map(str, advise(plan, family, base, vae))) or "none; a larger card is needed"

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from asymflow_ft.components.color import PixelCodec
@@ -67,7 +68,8 @@ class Validation:
         self.prompts = data.prompts[: max(recipe.sample.count, recipe.sample.judge)]
         self.size = (recipe.data.resolution, recipe.data.resolution)
         self.noise = prompt_noise(len(self.prompts), self.size, recipe.seed)
-        self.embeds = torch.stack([data.encoded.embeds(p) for p in self.prompts]).to(accelerator.device)
+        embeds = [data.encoded.embeds(prompt) for prompt in self.prompts]
+        self.embeds = pad_sequence(embeds, batch_first=True).to(accelerator.device)
         self.empty = data.encoded.embeds("").to(accelerator.device)
         self.rows: dict[str, list[Image.Image]] = {}
         self.metrics: dict[str, dict] = {}
@@ -85,7 +87,7 @@ class Validation:
         def draw(start: int, stop: int) -> Sequence[Image.Image]:
             noise = base_noise(self.noise[start:stop], self.subspace)
             embeds = self.embeds[start:stop]
-            return family.draw_base(parts, noise, embeds, self.empty, self.size, sample.steps, sample.guidance)
+            return family.draw_base(parts, noise, embeds, self.empty, self.size, sample.steps, sample.guidance)[0]
 
         return draw
 
