@@ -1,0 +1,262 @@
+"""What holds for every family: tests/tiny/NAME.py builds a stock pipeline with random weights, and here it is lifted,
+coupled with its own sampler, trained, saved and loaded."""
+
+import json
+from dataclasses import dataclass
+from importlib import import_module
+from itertools import pairwise
+from types import ModuleType
+
+import pytest
+import torch
+import yaml
+from diffusers import DiffusionPipeline
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
+
+from asymflow_ft import cli
+from asymflow_ft.components.color import PixelCodec
+from asymflow_ft.components.pipelines import flow_solver
+from asymflow_ft.components.subspace import Cond, PixelModel, PixelSubspace
+from asymflow_ft.export import load_pixel_pipeline
+from asymflow_ft.families import family_named, family_of
+from asymflow_ft.hub.bundle import bundle
+from asymflow_ft.method.asymflow import calibrate
+from asymflow_ft.method.patches import to_image
+from asymflow_ft.training import trainable
+from asymflow_ft.training.encode import encode_texts
+
+NAMES = ["flux2"]
+PROMPTS = ["red apple", "a rocket over the sea"]
+LENGTH = 16  # text tokens
+SIDE = 64  # pixels
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A family with a tiny base of its kind: the folder, the stock pipeline in float32, and a subspace that fits."""
+
+    name: str
+    family: ModuleType
+    folder: str
+    parts: DiffusionPipeline
+    subspace: PixelSubspace
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        side = SIDE // self.subspace.config["patch"]
+        return side, side
+
+    def latents(self, count: int, seed: int) -> torch.Tensor:
+        """Latent tokens (B, N, R), N(0, 1)."""
+        shape = (count, self.grid[0] * self.grid[1], self.subspace.config["rank"])
+        return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+    def texts(self) -> torch.Tensor:
+        """Embeddings of PROMPTS (B, L, E)."""
+        return pad_sequence(list(encode_texts(self.family, self.parts, PROMPTS, LENGTH)), batch_first=True)
+
+    def guidance(self) -> float | None:
+        """What the network is told of guidance."""
+        kind = self.family.pixel_pipeline_class(self.parts)
+        return pixel_pipeline(self, kind).distilled_guidance
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def tiny(request, tmp_path_factory) -> Tiny:
+    folder = tmp_path_factory.mktemp(request.param) / "base"
+    import_module(f"tests.tiny.{request.param}").build(folder)
+    family = family_named(request.param)
+    parts = family.load_parts(str(folder), (*family.TEXT_PARTS, "vae", "transformer", "scheduler"), torch.float32)
+    parts.set_progress_bar_config(disable=True)
+    patch, rank = family.pixel_patch(parts.vae), family.latent_dim(parts.vae)
+    basis = torch.linalg.qr(torch.randn(3 * patch**2, rank, generator=torch.Generator().manual_seed(0))).Q
+    return Tiny(request.param, family, str(folder), parts, PixelSubspace.from_fit(basis, torch.tensor(2.4)))
+
+
+def pixel_pipeline(tiny: Tiny, kind=None, transformer=None):
+    kind = kind or tiny.family.pixel_pipeline_class(tiny.parts)
+    texts = {name: tiny.parts.components[name] for name in tiny.family.TEXT_PARTS}
+    pipeline = kind(
+        scheduler=flow_solver(), transformer=transformer or tiny.family.lift(tiny.parts.transformer, tiny.subspace),
+        subspace=tiny.subspace, codec=PixelCodec(), **texts, shift=5.0, shift_mode="static", default_size=SIDE,
+        max_sequence_length=LENGTH,
+    )  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def test_the_family_is_found(tiny):
+    assert family_of(tiny.folder) is tiny.family
+
+
+@torch.no_grad()
+def test_the_lifted_network_is_the_base_on_the_subspace(tiny):
+    """predict(lifted, z A^T) A = predict(base, z), to rounding in float64; and nothing outside the subspace."""
+    base = type(tiny.parts.transformer).from_config(tiny.parts.transformer.config).double()
+    base.load_state_dict(tiny.parts.transformer.state_dict())
+    subspace = PixelSubspace.from_fit(tiny.subspace.basis, tiny.subspace.scale).double()
+    subspace.basis.copy_(torch.linalg.qr(subspace.basis).Q)
+    lifted, z, grid = tiny.family.lift(base, subspace), tiny.latents(2, seed=1).double(), tiny.grid
+    tau, cond = torch.tensor([0.3, 0.85], dtype=torch.float64), Cond(tiny.texts().double(), tiny.guidance())
+    expected = tiny.family.predict(base.eval(), z, tau, cond, grid)
+    pixels = tiny.family.predict(lifted, z @ subspace.basis.mT, tau, cond, grid)
+    torch.testing.assert_close(pixels @ subspace.basis, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(pixels, expected @ subspace.basis.mT, rtol=0, atol=1e-12)
+    assert expected.abs().max() > 0.1 and (expected[0] - expected[1]).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_the_pixel_model_follows_the_stock_sampler(tiny):
+    """From the same noise, step by step through the pixel network: the latents that the stock pipeline gets."""
+    z, grid, embeds, basis = tiny.latents(2, seed=2), tiny.grid, tiny.texts(), tiny.subspace.basis
+    noise = to_image(z, grid, 1)
+    empty = next(iter(encode_texts(tiny.family, tiny.parts, [""], LENGTH)))
+    _, expected = tiny.family.draw_base(tiny.parts, noise, embeds, empty, (SIDE, SIDE), 4, 1.0, "latent")
+    lifted = tiny.family.lift(tiny.parts.transformer, tiny.subspace)
+    model = PixelModel(lifted, tiny.subspace, tiny.family.predict, tiny.guidance())
+    levels = tiny.parts.scheduler.sigmas  # of the run just made
+    for level, following in pairwise(levels):
+        sigma = pixel_level(level, tiny.subspace.scale).expand(2, 1, 1)
+        x_t = (z @ basis.mT) / calibrate(sigma, tiny.subspace.scale).gain
+        u = model.network(x_t, sigma, Cond(embeds, tiny.guidance()), grid)
+        z = z + (following - level) * (u @ basis)
+    torch.testing.assert_close(z, expected, rtol=0, atol=2e-4)
+    assert (to_image(z, grid, 1) - noise).abs().max() > 0.1
+
+
+def pixel_level(tau: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """The pixel noise level that the base sees as tau: the inverse of tau = sigma / (s + (1 - s) sigma)."""
+    return scale * tau / (1 - (1 - scale) * tau)
+
+
+@torch.no_grad()
+def test_latents_are_those_that_the_stock_pipeline_decodes(tiny):
+    rank, grid, embeds = tiny.subspace.config["rank"], tiny.grid, tiny.texts()[:1]
+    noise = to_image(tiny.latents(1, seed=3), grid, 1)
+    (picture,), z = tiny.family.draw_base(tiny.parts, noise, embeds, embeds[0], (SIDE, SIDE), 2, 1.0)
+    decoded = tiny.family.decode_latents(tiny.parts.vae, z, grid)
+    ours = ((decoded[0].permute(1, 2, 0) + 1) * 127.5).round().byte()
+    stock = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).reshape(SIDE, SIDE, 3)
+    assert (ours.int() - stock.int()).abs().max() <= 1
+    rgb = torch.rand(2, 3, SIDE, 2 * SIDE, generator=torch.Generator().manual_seed(4)) * 2 - 1
+    tokens = tiny.family.encode_latents(tiny.parts.vae, rgb)
+    assert tokens.shape == (2, 2 * grid[0] * grid[1], rank) and tokens.dtype == torch.float32
+    # packing and normalisation undo each other
+    expected = import_module(f"tests.tiny.{tiny.name}").round_trip(tiny.parts.vae, rgb).clamp(-1, 1)
+    there_and_back = tiny.family.decode_latents(tiny.parts.vae, tokens, (grid[0], 2 * grid[1]))
+    torch.testing.assert_close(there_and_back, expected, rtol=0, atol=1e-4)
+    sampled = tiny.family.encode_latents(tiny.parts.vae, rgb, torch.Generator().manual_seed(0))
+    again = tiny.family.encode_latents(tiny.parts.vae, rgb, torch.Generator().manual_seed(0))
+    assert torch.equal(sampled, again) and not torch.equal(sampled, tokens)
+
+
+@torch.no_grad()
+def test_an_embedding_does_not_depend_on_its_batch(tiny):
+    together = list(encode_texts(tiny.family, tiny.parts, [*PROMPTS, ""], LENGTH))
+    for prompt, embeds in zip([*PROMPTS, ""], together, strict=True):
+        (alone,) = encode_texts(tiny.family, tiny.parts, [prompt], LENGTH)
+        torch.testing.assert_close(alone, embeds, rtol=0, atol=1e-4)
+    assert together[0].shape[1] == tiny.family.text_dim(tiny.parts.transformer)
+    z, tau, grid = tiny.latents(1, seed=5), torch.tensor([0.6]), tiny.grid
+    shortest = min(together, key=len)
+    padded = pad_sequence([shortest, max(together, key=len)], batch_first=True)[:1]
+    one, other = (
+        tiny.family.predict(tiny.parts.transformer, z, tau, Cond(embeds, tiny.guidance()), grid)
+        for embeds in (shortest[None], padded)
+    )
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-4)  # rows of zeros are not seen
+
+
+def test_exactly_the_ends_and_the_adapters_are_trained(tiny):
+    lifted = tiny.family.lift(tiny.parts.transformer, tiny.subspace)
+    modules, targets = dict(lifted.named_modules()), tiny.family.lora_targets(lifted)
+    assert len(set(targets)) == len(targets) and targets
+    ends = {f"{end}.{name}" for end in tiny.family.TRAINED_ENDS for name, _ in modules[end].named_parameters()}
+    trainable.attach_lora(lifted, targets, tiny.family.TRAINED_ENDS, 2, 0.0)
+    trained = {trainable.adapter_name(name) for name in trainable.trained_parameters(lifted)}
+    assert trained == ends | {f"{name}.lora_{side}.weight" for name in targets for side in "AB"}
+    assert tiny.family.OUTPUT_LAYER in tiny.family.TRAINED_ENDS
+
+
+def test_gradient_checkpointing_changes_nothing(tiny):
+    grid, x = tiny.grid, tiny.latents(2, seed=6) @ tiny.subspace.basis.mT
+    embeds, tau, gradients = tiny.texts().detach(), torch.tensor([0.4, 0.7]), []
+    for checkpointing in (False, True):
+        network = tiny.family.lift(tiny.parts.transformer, tiny.subspace)
+        torch.manual_seed(0)
+        trainable.attach_lora(network, tiny.family.lora_targets(network), tiny.family.TRAINED_ENDS, 2, 0.0)
+        network.train()
+        if checkpointing:
+            network.enable_gradient_checkpointing()
+        tiny.family.predict(network, x, tau, Cond(embeds, tiny.guidance()), grid).square().mean().backward()
+        parameters = trainable.trained_parameters(network)
+        gradients.append({name: parameter.grad for name, parameter in parameters.items()})
+        assert all(gradient is not None for gradient in gradients[-1].values())
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-4)
+    assert any(gradient.any() for name, gradient in gradients[0].items() if ".lora_B." in name)
+
+
+@torch.no_grad()
+def test_a_lora_of_the_base_loads_on_the_pixel_pipeline(tiny, tmp_path):
+    base = type(tiny.parts.transformer).from_config(tiny.parts.transformer.config)
+    base.load_state_dict(tiny.parts.transformer.state_dict())
+    targets = tiny.family.lora_targets(base)
+    torch.manual_seed(1)
+    base.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=targets, init_lora_weights=False))
+    kind = type(tiny.parts)
+    kind.save_lora_weights(tmp_path, transformer_lora_layers=get_peft_model_state_dict(base))
+    pipeline = pixel_pipeline(tiny)
+    z, grid = tiny.latents(1, seed=7), tiny.grid
+    tau, cond, basis = torch.tensor([0.5]), Cond(tiny.texts()[:1], tiny.guidance()), tiny.subspace.basis
+    before = tiny.family.predict(pipeline.transformer, z @ basis.mT, tau, cond, grid)
+    pipeline.load_lora_weights(tmp_path)
+    after = tiny.family.predict(pipeline.transformer, z @ basis.mT, tau, cond, grid)
+    expected = tiny.family.predict(base.eval(), z, tau, cond, grid) @ basis.mT
+    torch.testing.assert_close(after, expected, rtol=0, atol=2e-4)
+    assert not torch.allclose(before, after, atol=1e-3)
+
+
+def test_the_exported_code_stands_alone(tiny):
+    code = bundle(tiny.family.pixel_pipeline_class(tiny.parts), "pipeline")
+    assert "asymflow_ft." not in code.source.replace("asymflow-ft", "")
+
+
+def test_align_finetune_sample_export(tiny, tmp_path, tiny_data):
+    rows = [json.loads(line) for line in open(f"{tiny_data}/metadata.jsonl")][:12]
+    (tmp_path / "data").mkdir()
+    for row in rows:
+        name = row["file_name"].split("/")[-1]
+        Image.open(f"{tiny_data}/{row['file_name']}").save(tmp_path / "data" / name)
+        (tmp_path / "data" / name).with_suffix(".txt").write_text(row["text"])
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    recipe = {
+        "base": tiny.folder, "output_dir": str(tmp_path / "run"), "text": {"max_length": LENGTH},
+        "data": {"source": str(tmp_path / "data"), "resolution": SIDE, "held_out": 1, "workers": 0},
+        "align": {"path": str(tmp_path / "subspace"), "num_images": 12}, "lora": {"rank": 2},
+        "loss": {"perceptual": "none"},
+        "train": {"steps": 3, "precision": "no", "optimizer": "adamw", "batch_size": 2, "lr": 0.01, "warmup": 1},
+        "sample": {"prompts": str(tmp_path / "prompts.txt"), "steps": 2, "count": 2, "every": 0},
+    }  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert cli.main(["align", "--recipe", str(tmp_path / "recipe.yaml")]) == 0
+    assert cli.main(["finetune", str(tmp_path / "recipe.yaml"), "--dry-run"]) == 0
+    assert cli.main(["finetune", str(tmp_path / "recipe.yaml")]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run/logs/train.jsonl").read_text().splitlines()]
+    assert len(lines) == 3 and all(line["grad_norm"] > 0 for line in lines)
+    drawn = []
+    for form in ("adapter", "pipeline"):
+        assert cli.main(["export", str(tmp_path / "run"), "--form", form, "--out", str(tmp_path / form)]) == 0
+        pipeline = load_pixel_pipeline(tmp_path / form, torch.float32)
+        pipeline.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(0)
+        drawn.append(pipeline(PROMPTS, num_inference_steps=2, generator=generator, output_type="pt").images)
+    assert torch.equal(*drawn) and drawn[0].shape == (2, 3, SIDE, SIDE)
+    stock = DiffusionPipeline.from_pretrained(tmp_path / "pipeline", trust_remote_code=True)
+    stock.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    images = stock(PROMPTS, num_inference_steps=2, generator=generator, output_type="pt").images
+    assert torch.equal(images, drawn[0])
