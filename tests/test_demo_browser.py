@@ -18,6 +18,8 @@ from PIL import Image
 from asymflow_ft import demo
 from asymflow_ft.cli import main
 from asymflow_ft.families import flux2
+from asymflow_ft.hub.write import export
+from tests.converted import as_converted
 
 pytestmark = pytest.mark.slow
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -41,7 +43,7 @@ RECORD = """() => {
 def page(pipeline, tiny_base, tmp_path):
     from playwright.sync_api import sync_playwright
 
-    pipeline.save_pretrained(tmp_path / "model")
+    export(as_converted(pipeline, tiny_base), tmp_path / "model", "pipeline")
     environment = os.environ | {"GRADIO_TEMP_DIR": str(tmp_path / "pictures"), "HF_HOME": str(tmp_path / "hub")}
     server = subprocess.Popen(
         [sys.executable, "-u", "-m", "asymflow_ft.cli", "demo", tmp_path / "model", "--base", tiny_base],
