@@ -19,8 +19,13 @@ from torch import Tensor, nn
 from asymflow_ft.components.pipelines import CFG_SCALE, PixelPipelineMixin
 from asymflow_ft.components.subspace import Cond, Grid, PixelSubspace
 from asymflow_ft.families.base import (
-    autocast, build_lifted, refuse_references, run_stock, scheduler_shift, stock_parts,
-)  # fmt: skip
+    autocast,
+    build_lifted,
+    refuse_references,
+    run_stock,
+    scheduler_shift,
+    stock_parts,
+)
 from asymflow_ft.method.asymflow import lift_weights
 from asymflow_ft.method.patches import to_image, to_tokens
 
@@ -179,7 +184,7 @@ def draw_base(
 
 def lora_targets(transformer: QwenImageTransformer2DModel) -> list[str]:
     """Exact module names: the counterparts of what the paper's recipe adapts in FLUX.2, feed-forwards and the time
-    embedder; no queries, keys or values. The last block's text is not read, so its feed-forward would learn nothing."""
+    embedder; no queries, keys or values. Nothing reads the last block's text, so its feed-forward would not learn."""
     names = [f"time_text_embed.timestep_embedder.linear_{i}" for i in (1, 2)]
     last = transformer.config.num_layers - 1
     for i in range(last + 1):

@@ -5,7 +5,6 @@ and patchifies them itself, with the channel last inside a patch; it takes the t
 `lift` permutes the end weights, and `predict` hands over images and turns time and sign. Text has its true length.
 """
 
-import math
 import re
 import warnings
 from collections.abc import Callable
@@ -24,8 +23,13 @@ from torch.nn.utils.rnn import pad_sequence
 from asymflow_ft.components.pipelines import CFG_SCALE, PixelPipelineMixin
 from asymflow_ft.components.subspace import Cond, Grid, PixelSubspace
 from asymflow_ft.families.base import (
-    autocast, build_lifted, refuse_references, run_stock, scheduler_shift, stock_parts,
-)  # fmt: skip
+    autocast,
+    build_lifted,
+    refuse_references,
+    run_stock,
+    scheduler_shift,
+    stock_parts,
+)
 from asymflow_ft.method.asymflow import lift_weights
 from asymflow_ft.method.patches import to_channel_first, to_channel_last, to_image, to_tokens
 
