@@ -30,7 +30,7 @@ from asymflow_ft.method.patches import to_image, to_tokens
 from asymflow_ft.training import trainable
 from asymflow_ft.training.encode import encode_texts, load_text_parts
 
-NAMES = ["flux2", "qwen_image", "z_image"]
+NAMES = ["flux2", "qwen_image", "z_image", "ernie_image"]
 PROMPTS = ["red apple", "a rocket over the sea"]
 LENGTH = 16  # text tokens
 SIDE = 64  # pixels
@@ -172,7 +172,7 @@ def test_guidance_is_counted_alike(tiny, monkeypatch):
         tiny.family.draw_base(
             tiny.parts, to_image(z, grid, 1), embeds, empty, (SIDE, SIDE), 2, guidance, "latent"
         )  # fmt: skip
-    plain, guided = (v if v.ndim == 3 else to_tokens(v, 2) for v in predictions[::2])
+    plain, guided = (v if v.ndim == 3 else to_tokens(v, v.shape[-1] // grid[1]) for v in predictions[::2])
     v, uncond = (
         tiny.family.predict(tiny.parts.transformer, z, torch.ones(1), Cond(rows, tiny.guidance()), grid)
         for rows in (embeds, empty[None])

@@ -22,8 +22,8 @@ from transformers.utils import is_torchvision_available
 from asymflow_ft.components.pipelines import CFG_SCALE, PixelPipelineMixin
 from asymflow_ft.components.subspace import Cond, Grid, PixelSubspace
 from asymflow_ft.families.base import autocast, build_lifted, load_index, run_stock, stock_parts
+from asymflow_ft.families.vae import decode_whitened, encode_whitened, whitened_dim, whitened_patch
 from asymflow_ft.method.asymflow import lift_weights
-from asymflow_ft.method.patches import to_image, to_tokens
 
 PIPELINES = {"Flux2KleinPipeline": Flux2KleinPipeline, "Flux2Pipeline": Flux2Pipeline}
 TRANSFORMER = Flux2Transformer2DModel
@@ -90,37 +90,17 @@ def latent_shift(pipeline: DiffusionPipeline) -> float:
     return LATENT_SHIFT if config.use_dynamic_shifting else float(config.shift)
 
 
-def pixel_patch(vae: AutoencoderKLFlux2) -> int:
-    """Side in pixels of the image patch that one latent token stands for."""
-    return 2 ** (len(vae.config.block_out_channels) - 1) * vae.config.patch_size[0]
-
-
-def latent_dim(vae: AutoencoderKLFlux2) -> int:
-    """Values of one latent token, the rank R of the subspace."""
-    return vae.config.latent_channels * vae.config.patch_size[0] * vae.config.patch_size[1]
-
-
-def _whitening(vae: AutoencoderKLFlux2, like: Tensor) -> tuple[Tensor, Tensor]:
-    mean = vae.bn.running_mean.to(like)[:, None, None]
-    return mean, (vae.bn.running_var.to(like) + vae.config.batch_norm_eps).sqrt()[:, None, None]
+pixel_patch, latent_dim = whitened_patch, whitened_dim
 
 
 def encode_latents(vae: AutoencoderKLFlux2, rgb: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """RGB in [-1, 1], (B, 3, H, W) -> whitened float32 latent tokens (B, N, 128): the posterior's mode, or with a
-    generator a sample of it."""
-    posterior = vae.encode(rgb.to(vae.device, vae.dtype)).latent_dist
-    z = (posterior.mode() if generator is None else posterior.sample(generator)).float()
-    packed = F.pixel_unshuffle(z, vae.config.patch_size[0])
-    mean, std = _whitening(vae, packed)
-    return to_tokens((packed - mean) / std, 1)
+    """See encode_whitened."""
+    return encode_whitened(vae, rgb, generator, vae.config.batch_norm_eps)
 
 
 def decode_latents(vae: AutoencoderKLFlux2, z: Tensor, grid: Grid) -> Tensor:
-    """Latent tokens (B, N, 128) -> RGB in [-1, 1], float32; `grid` is (rows, columns) of tokens."""
-    packed = to_image(z.to(vae.device), grid, 1)
-    mean, std = _whitening(vae, packed)
-    latents = F.pixel_shuffle(packed * std + mean, vae.config.patch_size[0])
-    return vae.decode(latents.to(vae.dtype)).sample.float().clamp(-1, 1)
+    """See decode_whitened."""
+    return decode_whitened(vae, z, grid, vae.config.batch_norm_eps)
 
 
 def lift(transformer: Flux2Transformer2DModel, subspace: PixelSubspace) -> Flux2Transformer2DModel:
