@@ -31,7 +31,7 @@ from asymflow_ft.method.asymflow import lift_weights
 from asymflow_ft.method.patches import to_image, to_tokens
 
 PIPELINES = {"ErnieImagePipeline": ErnieImagePipeline}
-CHECKPOINTS = (("baidu/ERNIE-Image", "apache-2.0"),)
+CHECKPOINTS = (("baidu/ERNIE-Image", "see its card"),)
 TRANSFORMER = ErnieImageTransformer2DModel
 TEXT_PARTS = ("text_encoder", "tokenizer")
 WHITENING_EPS = 1e-5  # the stock pipeline's own, not the VAE config's
