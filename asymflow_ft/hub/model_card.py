@@ -41,10 +41,11 @@ def model_card(
         terms: what the base's licence means for this model, see cards.model_terms.
         notice: the sentence that the base's licence requires; given, the card asks readers to accept the licence.
     """
+    version = (provenance.get("versions") or {}).get("asymflow-ft")
     about = [
         f"This is {FORMS[provenance['form']]}: {_link(provenance['base'])} turned from a latent into a pixel-space "
         "text-to-image model with [AsymFlow](https://arxiv.org/abs/2605.12964). It draws pixels itself; no VAE takes "
-        f"part in sampling. Made with asymflow-ft {provenance['asymflow_ft']}; `asymflow_ft.json` holds the facts "
+        f"part in sampling. Made with asymflow-ft{f' {version}' if version else ''}; `asymflow_ft.json` holds the facts "
         "below in full."
     ]
     if provenance.get("init_from"):
