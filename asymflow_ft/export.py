@@ -4,7 +4,7 @@ import json
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,12 +20,15 @@ from asymflow_ft.data.cache import content_key
 from asymflow_ft.families import family_of, pixel_pipeline_named
 from asymflow_ft.hub.cards import card_licence, hub_commit
 from asymflow_ft.hub.forms import Converted, open_converted
-from asymflow_ft.hub.provenance import UNKNOWN
+from asymflow_ft.hub.provenance import UNKNOWN, without_folders
 from asymflow_ft.hub.write import FORMS, SHARD_SIZE, export, whole_folder
 from asymflow_ft.recipe import Recipe, flat, load_recipe
-from asymflow_ft.training.checkpoint import newest_whole, verify_checkpoint
+from asymflow_ft.training.checkpoint import newest_whole, verify_checkpoint, write_json
+from asymflow_ft.training.run import begun
 from asymflow_ft.training.student import open_start
 from asymflow_ft.training.trainable import adapter_name
+
+ORIGIN = "logs/origin.json"  # of a run: "revision" (commit of the base) and "licence"
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,25 @@ def result_folder(recipe: Recipe) -> Path:
     return Path(recipe.output_dir) / ("lora" if recipe.is_style else "pipeline")
 
 
+def keep_origin(recipe: Recipe, start: Converted | None) -> str | None:
+    """Note where a run comes from when it begins: at its end the Hub may not answer, and `main` may be another commit.
+
+    Args:
+        start: the model in `init_from`, whose terms hold: they may be stricter than the base's.
+
+    Returns:
+        The revision of the base to load, now and when the run continues: a commit if the base is on the Hub.
+    """
+    file = Path(recipe.output_dir) / ORIGIN
+    if not (file.is_file() and begun(Path(recipe.output_dir))):
+        revision = hub_commit(recipe.base, recipe.revision)
+        licence = card_licence(recipe.base, revision)
+        if start is not None:
+            licence = card_licence(str(recipe.init_from)) or start.provenance["licence"] or licence
+        write_json(file, {"revision": revision, "licence": licence})
+    return json.loads(file.read_text(encoding="utf-8"))["revision"]
+
+
 def save_result(result: Result, family: ModuleType, metrics: Mapping[str, Any]) -> None:
     """Write the finished run's folder; an earlier one is renamed.
 
@@ -69,7 +91,8 @@ def save_result(result: Result, family: ModuleType, metrics: Mapping[str, Any]) 
         new.rename(folder)
     except ValueError as error:
         raise ValueError(
-            f"{error}. The last checkpoint is whole; free some space and run the same command again"
+            f"{error}. The last checkpoint is whole: mend this and run the same command again, or `asymflow-ft export "
+            f"{result.recipe.output_dir}`"
         ) from error
 
 
@@ -89,7 +112,7 @@ def export_lora(result: Result, family: ModuleType, out: Path, metrics: Mapping[
     tensors = {adapter_name(name): tensor.detach().cpu().contiguous() for name, tensor in result.tensors.items()}
     modules = sorted({name.rpartition(".lora_")[0] for name in tensors})
     config = {"r": lora.rank, "lora_alpha": lora.rank, "target_modules": modules}
-    provenance = {**_provenance(result, family, metrics), "form": "lora"}
+    provenance = {**_provenance(result, family, metrics), "form": "lora", "dtype": "float32"}
     with whole_folder(out, provenance, _pictures(result.recipe)) as folder:
         kind.save_lora_weights(
             folder, transformer_lora_layers=tensors, transformer_lora_adapter_metadata=config
@@ -113,7 +136,8 @@ def open_result(source: str | Path, ema: bool = True) -> tuple[Result, ModuleTyp
         if found is None:
             raise ValueError(f"{run} has no whole checkpoint{f' ({broken[0]})' if broken else ''}; train it first")
         checkpoint = found
-    recipe = load_recipe(run / "recipe.yaml", [f"output_dir={run}"])
+    recipe = replace(load_recipe(run / "recipe.yaml"), output_dir=str(run))
+    recipe = replace(recipe, revision=_origin(run)["revision"])
     start = open_start(recipe)
     subspace = load_subspace(str(recipe.align.path)) if start is None else start.subspace
     material = json.loads((run / "logs/material.json").read_text(encoding="utf-8"))
@@ -163,6 +187,8 @@ def export_any(
         has, wants = ("a style LoRA", "--form lora") if result.recipe.is_style else ("a model", f"one of {FORMS}")
         raise ValueError(f"{source} trains {has}, and --form is {form}; choose {wants}")
     if form == "lora":
+        if dtype is not None:
+            raise ValueError("a LoRA file is always float32; leave out --dtype")
         return export_lora(result, family, out, metrics)
     return export(converted(result, family, metrics), out, form, dtype, shard_size)
 
@@ -218,34 +244,29 @@ def pipeline_settings(recipe: Recipe, shift: float) -> dict[str, Any]:
 
 def _provenance(result: Result, family: ModuleType, metrics: Mapping[str, Any] | None) -> dict[str, Any]:
     recipe = result.recipe
-    run, aligned = Path(recipe.output_dir), Path(recipe.align.path or "")
-    summary, report = run / "logs/data.json", aligned / "report.json"
-    licence = card_licence(recipe.base, recipe.revision)
-    if recipe.init_from is not None:  # the nearer ancestor's terms hold, and may be stricter than the base's
-        licence = card_licence(recipe.init_from) or licence
+    run = Path(recipe.output_dir)
     return {
-        **UNKNOWN, "family": family.__name__.rpartition(".")[2], "pipeline_class": result.pipeline_class,
-        "base": recipe.base, "revision": hub_commit(recipe.base, recipe.revision), "licence": licence,
+        **UNKNOWN, **_origin(run), "family": family.__name__.rpartition(".")[2],
+        "pipeline_class": result.pipeline_class, "base": recipe.base,
         "init_from": recipe.init_from, "dtype": "bfloat16" if recipe.train.precision == "bf16" else "float32",
         "weights": result.weights, "step": result.step, "settings": dict(result.settings),
         "pixels": {"space": recipe.pixels.space, "mean": list(recipe.pixels.mean), "std": recipe.pixels.std},
-        "recipe": _without_folders(flat(recipe)), "metrics": metrics,
-        "data": _without_folders(json.loads(summary.read_text(encoding="utf-8"))) if summary.is_file() else None,
-        "alignment": _without_folders(json.loads(report.read_text(encoding="utf-8"))) if report.is_file() else None,
+        "recipe": without_folders(flat(recipe)), "metrics": metrics,
+        "data": _facts(run / "logs/data.json"),
+        "alignment": None if recipe.align.path is None else _facts(Path(recipe.align.path) / "report.json"),
     }  # fmt: skip
 
 
-def _without_folders(value: Any) -> Any:
-    """Absolute paths cut to their last name: where a user's files lie is nobody's business on the Hub."""
-    if isinstance(value, dict):
-        return {key: _without_folders(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_folders(inner) for inner in value]
-    return Path(value).name if isinstance(value, str) and value.startswith("/") else value
+def _origin(run: Path) -> dict[str, Any]:
+    return json.loads((run / ORIGIN).read_text(encoding="utf-8"))
+
+
+def _facts(file: Path) -> Any:
+    return without_folders(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
 
 
 def _pictures(recipe: Recipe) -> dict[str, Path]:
     grids = sorted((Path(recipe.output_dir) / "samples").glob("step-*.png"))
     found = {"samples.png": grids[-1]} if grids else {}
-    report = Path(recipe.align.path or "") / "report.png"
-    return found | ({"alignment.png": report} if report.is_file() else {})
+    report = None if recipe.align.path is None else Path(recipe.align.path) / "report.png"
+    return found | ({"alignment.png": report} if report and report.is_file() else {})

@@ -13,6 +13,8 @@ import json
 import math
 import sys
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -32,7 +34,7 @@ from asymflow_ft.components.pipelines import flow_solver
 from asymflow_ft.components.subspace import PixelModel, PixelSubspace, load_subspace
 from asymflow_ft.data.cache import content_key
 from asymflow_ft.data.source import Images, open_sources
-from asymflow_ft.export import Result, pipeline_settings, result_folder, save_result, subspace_key
+from asymflow_ft.export import Result, keep_origin, pipeline_settings, result_folder, save_result, subspace_key
 from asymflow_ft.families import family_of
 from asymflow_ft.recipe import Recipe, load_recipe
 from asymflow_ft.training import trainable
@@ -147,6 +149,7 @@ def finetune(recipe: Recipe) -> None:
     codec = PixelCodec(recipe.pixels.space, recipe.pixels.mean, recipe.pixels.std)
     with accelerator.main_process_first():
         start = open_start(recipe)
+    recipe = replace(recipe, revision=on_main(accelerator, partial(keep_origin, recipe, start)))
     subspace = aligned(recipe, family, images, codec, say) if start is None else start.subspace
     patch = subspace.config["patch"]
     data = prepare(recipe, family, images, patch, accelerator)

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -198,6 +199,14 @@ def test_arguments_that_do_not_apply_are_refused(written, tiny_base, tmp_path, c
         shutil.copytree(written / "merged", tmp_path / "bare")
         (tmp_path / "bare/asymflow_ft.json").unlink()
         open_source(str(tmp_path / "bare"))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_can_be_pushed(form, written, capsys):
+    assert cli.main(["push", str(written / form), "--repo", "user/model", "--dry-run", "--private"]) == 0
+    printed = capsys.readouterr().out
+    assert f"Made with asymflow-ft {version('asymflow-ft')};" in printed and "not pushed" not in printed
+    assert WEIGHTS in printed
 
 
 def test_a_full_disk_leaves_nothing_behind(written, tmp_path, monkeypatch):

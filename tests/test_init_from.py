@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from asymflow_ft import cli, finetune
 from asymflow_ft.components.color import PixelCodec
 from asymflow_ft.components.subspace import Cond, PixelModel
 from asymflow_ft.data.prepare import Batch
-from asymflow_ft.export import load_pixel_pipeline
+from asymflow_ft.export import ORIGIN, keep_origin, load_pixel_pipeline
 from asymflow_ft.families import flux2
 from asymflow_ft.hub.forms import add_loras, open_converted
 from asymflow_ft.hub.provenance import read_provenance
@@ -22,8 +23,10 @@ from asymflow_ft.method.patches import to_tokens
 from asymflow_ft.recipe import load_recipe
 from asymflow_ft.training.checkpoint import list_checkpoints
 from asymflow_ft.training.objective import draw_noise, training_terms
+from asymflow_ft.training.student import open_start
 from tests.conftest import REPOSITORY
 from tests.converted import as_converted, converted_lora
+from tests.hub_server import Hub, Repo, files_of
 
 RECIPE = str(REPOSITORY / "recipes/tiny/finetune.yaml")
 PIXELS = ["pixels.mean=[0.5, 0.0, 0.0]", "pixels.std=0.25"]
@@ -45,13 +48,17 @@ def start(tiny_base, tmp_path_factory):
     return folder
 
 
-def run(out, init_from, *overrides):
-    return finetune.main([
+def arguments(out, init_from, *overrides):
+    return [
         RECIPE, f"output_dir={out}", f"init_from={init_from}", "align.path=null", "align.mode=require", "data.limit=6",
         "data.held_out=2", "data.resolution=64", "sample.steps=1", "sample.count=1", "sample.judge=0",
         "sample.every=0", "train.batch_size=2", "train.warmup=1", "train.ema_start=1", "train.checkpoint_every=1",
         f"cache.folder={out.parent / 'cache'}", *PIXELS, *overrides,
-    ])  # fmt: skip
+    ]  # fmt: skip
+
+
+def run(out, init_from, *overrides):
+    return finetune.main(arguments(out, init_from, *overrides))
 
 
 @pytest.mark.parametrize("form", ["adapter", "pipeline"])
@@ -73,6 +80,20 @@ def test_a_conversion_goes_on_where_it_stood(form, start, tiny_base, tmp_path):
     assert all(0 < change < 2e-3 for change in moved)  # one step of Adam
     assert read_provenance(out / "pipeline")["init_from"] == str(start / form)
     assert torch.equal(open_converted(out / "pipeline").subspace.basis, stored.subspace.basis)
+
+
+def test_a_report_that_lies_in_the_working_directory_is_not_the_runs(start, tmp_path, monkeypatch):
+    """init_from leaves align.path open, and an alignment's report may lie anywhere."""
+    monkeypatch.chdir(tmp_path)
+    for file, content in (("report.json", b"{}"), ("report.png", b"")):
+        (tmp_path / file).write_bytes(content)
+    tiny = REPOSITORY / "recipes/tiny"
+    paths = [f"base={tiny}/base", f"data.source={tiny}/data", f"sample.prompts={tiny}/data/prompts.txt"]
+    out = tmp_path / "2024"  # a name that YAML takes for a number
+    assert run(out, start / "adapter", *STYLE, "train.steps=1", *paths) == 0
+    stated = read_provenance(out / "lora")
+    assert stated["alignment"] is None and not (out / "lora/assets/alignment.png").exists()
+    assert cli.main(["export", out.name, "--form", "lora", "--out", "again"]) == 0
 
 
 def test_checkpoints_are_exported_with_either_weights(start, tmp_path):
@@ -120,6 +141,7 @@ def test_a_style_is_the_blocks_adapters_alone(styles, start):
         }
         stated = read_provenance(folder)
         assert stated["form"] == "lora" and stated["init_from"] == str(start / "pipeline")
+        assert {f"torch.{stated['dtype']}"} == {str(tensor.dtype) for tensor in state.values()}
     assert not (styles / "style_0/pipeline").exists() and not (styles / "style_0/samples/base").exists()
     assert not list((styles / "cache").glob("latents/*.safetensors"))  # plain flow matching needs none
 
@@ -171,6 +193,7 @@ def test_sample_takes_styles(styles, start, tmp_path, capsys):
         assert message in capsys.readouterr().err
     exported = ["export", str(styles / "style_0"), "--out", str(tmp_path / "c"), "--form"]
     assert cli.main([*exported, "merged"]) == 1 and "choose --form lora" in capsys.readouterr().err
+    assert cli.main([*exported, "lora", "--dtype", "bfloat16"]) == 1 and "always float32" in capsys.readouterr().err
     assert cli.main([*exported, "lora"]) == 0
     one, other = (load_file(f"{f}/pytorch_lora_weights.safetensors") for f in (style, tmp_path / "c"))
     assert all(torch.equal(one[name], other[name]) for name in one | other)
@@ -214,6 +237,80 @@ def test_a_full_finetune_has_no_adapter_to_go_on_with(start, tiny_base, tmp_path
     assert run(tmp_path / "run", tmp_path / "whole", "lora={rank: 3}", "train.steps=1") == 1
     assert "has no LoRA factors to go on with" in capsys.readouterr().err
     assert run(tmp_path / "run", tmp_path / "whole", *STYLE, "train.steps=1") == 0
+
+
+RUN_ON_THE_HUB = """
+import json, sys
+import huggingface_hub
+from asymflow_ft import finetune
+
+save = finetune.save_result
+
+def save_offline(*arguments):
+    huggingface_hub.constants.HF_HUB_OFFLINE = True
+    save(*arguments)
+
+finetune.save_result = save_offline
+print(json.dumps(finetune.main(json.loads(sys.argv[1]))))
+"""
+
+
+def test_the_hub_is_asked_when_a_run_begins_and_not_when_it_ends(start, tiny_base, tmp_path):
+    """Base and init_from are on the Hub, gone at the end; then the base's `main` moves, and the run goes on."""
+    licence = {"license": "other", "license_name": "strict"}
+    out, style = tmp_path / "run", [*STYLE, "base=user/base"]
+    with Hub().running() as hub:
+        hub.repos["user/base"], hub.repos["user/pixels"] = Repo(), Repo()
+        base = files_of(Path(tiny_base)) | {"README.md": b"---\nlicense: mit\n---\n"}
+        first = hub.repos["user/base"].commit(base)
+        card = b"---\nlicense: other\nlicense_name: strict\n---\n"
+        hub.repos["user/pixels"].commit(files_of(start / "pipeline") | {"README.md": card})
+        assert hub.client(RUN_ON_THE_HUB, arguments(out, "user/pixels", "train.steps=1", *style), tmp_path / "hf") == 0
+        assert not any(repo == "user/pixels" and name.startswith(("text_", "tok")) for repo, name in hub.fetched)
+        stated = read_provenance(out / "lora")
+        assert (stated["revision"], stated["licence"]) == (first, licence)
+        hub.repos["user/base"].commit(base | {"README.md": b"moved"})
+        hub.fetched.clear()
+        assert hub.client(RUN_ON_THE_HUB, arguments(out, "user/pixels", "train.steps=2", *style), tmp_path / "hf") == 0
+        assert read_provenance(out / "lora")["revision"] == first
+        assert set(hub.fetched) <= {("user/base", "model_index.json")}
+
+
+def test_the_revision_is_the_bases_and_a_latent_pipeline_costs_no_gigabytes(start, tiny_base, tmp_path):
+    program = """
+import json, sys
+from asymflow_ft.hub.forms import open_converted
+source, base, revision = json.loads(sys.argv[1])
+try:
+    print(json.dumps(open_converted(source, base, revision).provenance["revision"]))
+except ValueError as error:
+    print(json.dumps(str(error)))
+"""
+    with Hub().running() as hub:
+        hub.repos["user/base"], hub.repos["user/adapter"] = Repo(), Repo()
+        commit = hub.repos["user/base"].commit(files_of(Path(tiny_base)))
+        hub.repos["user/adapter"].commit(files_of(start / "adapter"))
+        assert hub.client(program, ["user/adapter", "user/base", commit], tmp_path / "hf") == commit
+        hub.fetched.clear()
+        assert "is a latent pipeline" in hub.client(program, ["user/base", None, None], tmp_path / "hf")
+        assert all(name.endswith(".json") for _, name in hub.fetched)
+
+
+@pytest.mark.parametrize("card", [None, "apache-2.0"])
+def test_the_terms_of_the_start_outlive_a_folder_without_a_card(card, start, tiny_base, tmp_path):
+    """A local export names its licence in asymflow_ft.json until a push writes the card."""
+    shutil.copytree(start / "adapter", tmp_path / "adapter")
+    if card:
+        (tmp_path / "adapter/README.md").write_text(f"---\nlicense: {card}\n---\n")
+    strict = {"license": "other", "license_name": "strict"}
+    stated = read_provenance(start / "adapter") | {"licence": strict}
+    (tmp_path / "adapter/asymflow_ft.json").write_text(json.dumps(stated))
+    file = tmp_path / "adapter" / WEIGHTS
+    overrides = [f"output_dir={tmp_path}", f"init_from={file}", "align.path=null", "align.mode=require", *PIXELS]
+    recipe = load_recipe(RECIPE, [*overrides, "lora={rank: 3}"])
+    (tmp_path / "logs").mkdir()
+    keep_origin(recipe, open_start(recipe))
+    assert json.loads((tmp_path / ORIGIN).read_text())["licence"] == ({"license": card} if card else strict)
 
 
 def test_plain_flow_matching_is_the_error_of_the_clean_estimate(tiny_base):

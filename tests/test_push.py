@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 from asymflow_ft import cli
 from asymflow_ft.families.terms import NOTICES
 from asymflow_ft.hub.model_card import model_card
+from asymflow_ft.hub.provenance import UNKNOWN
 from asymflow_ft.hub.push import plan_push
 from tests.hub_server import Hub, Repo, files_of
 
@@ -21,7 +22,7 @@ LINK = f"https://huggingface.co/{BASE_9B}/blob/abc123/LICENSE.md"
 NON_COMMERCIAL = {"license": "other", "license_name": "flux-non-commercial-license", "license_link": LINK}
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 PROVENANCE = {
-    "asymflow_ft": "0.1.0", "form": "pipeline", "family": "flux2", "pipeline_class": "PixelFlux2KleinPipeline",
+    "form": "pipeline", "family": "flux2", "pipeline_class": "PixelFlux2KleinPipeline",
     "base": "black-forest-labs/FLUX.2-klein-base-4B", "revision": "abc123",
     "licence": {"license": "apache-2.0"}, "init_from": None, "dtype": "bfloat16", "weights": "ema", "step": 1200,
     "settings": {"shift": 17.0, "shift_mode": "sqrt", "default_size": 1024, "distilled_guidance": None},
@@ -39,11 +40,9 @@ PROVENANCE = {
         "finetuned": {"retrieval_at_5": 1.0, "picture_error": 3.31, "sharpness": 1.4},
         "run": {"steps": 1200, "seconds": 340.5, "peak_memory_gb": 0.9},
     },
-    "versions": {"torch": "2.13.0"},
+    "versions": {"torch": "2.13.0", "asymflow-ft": "0.1.0"}, "pixels": None,
 }  # fmt: skip
-BARE = {
-    **dict.fromkeys(PROVENANCE), "asymflow_ft": "0.1.0", "form": "adapter", "family": "flux2", "base": "my_base",
-}  # fmt: skip
+BARE = {**UNKNOWN, "form": "adapter", "family": "flux2", "base": "my_base"}
 CLIENT = """
 import contextlib, io, json, os, sys, time
 from huggingface_hub import snapshot_download
@@ -124,6 +123,10 @@ def pushed(tmp_path_factory):
         asked = [(token, [str(word) for word in words]) for token, words in commands.values()]
         answers = hub.client(CLIENT, asked, tmp_path_factory.mktemp("huggingface"))
     return dict(zip(commands, answers, strict=True)), hub, root
+
+
+def test_these_are_the_facts_that_an_export_writes():
+    assert PROVENANCE.keys() == UNKNOWN.keys()
 
 
 def digest(file):

@@ -5,20 +5,32 @@ from typing import Any
 
 import yaml
 from huggingface_hub import DatasetCardData, ModelCard, hf_hub_download
+from huggingface_hub.errors import HTTPError
+
+from asymflow_ft.families.base import opening
 
 FIELDS = ("license", "license_name", "license_link")
 
 
 def card_licence(base: str, revision: str | None = None) -> dict[str, str]:
-    """`license`, `license_name` and `license_link` of a base's README.md, those that it states; {} without a card.
+    """`license`, `license_name` and `license_link` of a base's README.md, those that it states; {} without a card, or
+    without an answer of the Hub.
 
     A link to a file of a Hub repository becomes a full address.
+
+    Args:
+        base: a folder, a file in one, or a Hub id.
     """
-    local = Path(base).is_dir()
+    path = Path(base)
+    local = path.exists()
     try:
-        file = Path(base) / "README.md" if local else hf_hub_download(base, "README.md", revision=revision)
-        stated = ModelCard(Path(file).read_text(encoding="utf-8")).data.to_dict()
-    except (OSError, ValueError, yaml.YAMLError):
+        card = (
+            hf_hub_download(base, "README.md", revision=revision)
+            if not local
+            else ((path if path.is_dir() else path.parent) / "README.md")
+        )
+        stated = ModelCard(Path(card).read_text(encoding="utf-8")).data.to_dict()
+    except (OSError, HTTPError, ValueError, yaml.YAMLError):
         return {}
     licence = {field: str(stated[field]) for field in FIELDS if stated.get(field)}
     link = licence.get("license_link")
@@ -77,10 +89,15 @@ def _named(licence: dict[str, str]) -> str:
 
 
 def hub_commit(base: str, revision: str | None = None) -> str | None:
-    """The commit that a Hub revision (default: main) stands for; a local folder's `revision` is returned as it is."""
+    """The commit that a Hub revision (default: main) stands for; a local folder's `revision` is returned as it is.
+
+    Raises:
+        ValueError: the Hub does not answer, and no earlier answer is stored.
+    """
     if Path(base).is_dir():
         return revision
-    return Path(hf_hub_download(base, "model_index.json", revision=revision)).parent.name
+    with opening(base):
+        return Path(hf_hub_download(base, "model_index.json", revision=revision)).parent.name
 
 
 def data_card(count: int, settings: dict[str, Any], licence: dict[str, str], terms: str) -> str:

@@ -33,6 +33,7 @@ from asymflow_ft.hub.provenance import FILE, UNKNOWN, read_provenance
 
 # no code, and no pickle
 DATA_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "README.md", "assets/*.png"]
+TEXT_FILES = ["text_encoder*/*", "tokenizer*/*"]
 PICTURES = ("samples.png", "alignment.png")  # in assets/
 
 
@@ -113,20 +114,26 @@ class Converted:
         return loaded
 
 
-def open_converted(source: str | Path, base: str | None = None, revision: str | None = None) -> Converted:
+def open_converted(
+    source: str | Path, base: str | None = None, revision: str | None = None, text: bool = True
+) -> Converted:
     """Open a converted model of any form.
 
     Args:
         source: a folder, an adapter's safetensors file, or a Hub id.
         base, revision: the latent base of an adapter; None takes the one that its files name.
+        text: fetch the text encoder of a pipeline on the Hub, without which `Converted.pipeline` takes the base's.
 
     Raises:
         ValueError: it cannot be fetched or read, is no converted model, or its base is not known.
     """
     path = Path(source)
     if not path.exists():
-        with opening(str(source)):
-            path = Path(snapshot_download(str(source), revision=revision, allow_patterns=DATA_FILES))
+        without = [] if text else TEXT_FILES
+        with opening(str(source)):  # a few kilobytes first, for a latent pipeline is not worth its gigabytes
+            path = Path(snapshot_download(str(source), allow_patterns="*.json", ignore_patterns=without))
+            if (path / "subspace/config.json").is_file() or not (path / "model_index.json").is_file():
+                path = Path(snapshot_download(str(source), allow_patterns=DATA_FILES, ignore_patterns=without))
     if (path / "transformer/config.json").is_file() and (path / "subspace/config.json").is_file():
         return _open_merged(path)
     if path.is_file() or (path / WEIGHTS).is_file():

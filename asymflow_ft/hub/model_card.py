@@ -1,13 +1,14 @@
 """README.md of a pushed model, from its provenance (asymflow_ft.json)."""
 
 import json
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub import ModelCardData
 
 from asymflow_ft.components.pipelines import CFG_SCALE, NEGATIVE_PROMPT
+from asymflow_ft.hub.provenance import without_folders
 
 FORMS = {
     "pipeline": "a complete diffusers pipeline",
@@ -41,11 +42,12 @@ def model_card(
         terms: what the base's licence means for this model, see cards.model_terms.
         notice: the sentence that the base's licence requires; given, the card asks readers to accept the licence.
     """
+    version = (provenance.get("versions") or {}).get("asymflow-ft")
     about = [
         f"This is {FORMS[provenance['form']]}: {_link(provenance['base'])} turned from a latent into a pixel-space "
         "text-to-image model with [AsymFlow](https://arxiv.org/abs/2605.12964). It draws pixels itself; no VAE takes "
-        f"part in sampling. Made with asymflow-ft {provenance['asymflow_ft']}; `asymflow_ft.json` holds the facts "
-        "below in full."
+        f"part in sampling. Made with asymflow-ft{f' {version}' if version else ''}; `asymflow_ft.json` holds the "
+        "facts below in full."
     ]
     if provenance.get("init_from"):
         about.append(f"Training started from {_link(provenance['init_from'])}.")
@@ -157,14 +159,14 @@ def _training(provenance: dict[str, Any]) -> str:
     }
     text = "\n".join(f"- {name}: {_number(value)}" for name, value in facts.items() if value not in (None, ""))
     if provenance.get("recipe"):
-        recipe = yaml.safe_dump(_without_folders(provenance["recipe"]), sort_keys=False, allow_unicode=True)
+        recipe = yaml.safe_dump(without_folders(provenance["recipe"]), sort_keys=False, allow_unicode=True)
         text += f"\n\n<details><summary>Recipe</summary>\n\n```yaml\n{recipe}```\n\n</details>"
     return text
 
 
 def _data(data: dict[str, Any]) -> str:
     counts = ", ".join(f"{data[name]:,} {name}" for name in ("samples", "images") if data.get(name))
-    sources = ", ".join(str(source) for source in _without_folders(data.get("sources") or []))
+    sources = ", ".join(str(source) for source in without_folders(data.get("sources") or []))
     return " from ".join(part for part in (counts, sources) if part)
 
 
@@ -234,12 +236,3 @@ def _number(value: Any) -> str:
     return (
         f"{value:,.4g}" if isinstance(value, float) else json.dumps(value) if isinstance(value, list) else str(value)
     )
-
-
-def _without_folders(value: Any) -> Any:
-    """The same with absolute local paths cut to their last part: a card is no place for them."""
-    if isinstance(value, dict):
-        return {name: _without_folders(part) for name, part in value.items()}
-    if isinstance(value, list):
-        return [_without_folders(part) for part in value]
-    return PurePath(value).name if isinstance(value, str) and PurePath(value).is_absolute() else value

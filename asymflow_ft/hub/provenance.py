@@ -41,3 +41,12 @@ def read_provenance(folder: str | Path) -> dict[str, Any]:
 def write_provenance(folder: str | Path, provenance: Mapping[str, Any]) -> None:
     file = Path(folder) / FILE
     file.write_text(json.dumps({**UNKNOWN, **provenance}, indent=2, default=str) + "\n", encoding="utf-8")
+
+
+def without_folders(value: Any) -> Any:
+    """The same with absolute paths cut to their last name: where files lie is nobody's business on the Hub."""
+    if isinstance(value, dict):
+        return {key: without_folders(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_folders(inner) for inner in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value

@@ -24,7 +24,7 @@ def open_start(recipe: Recipe) -> Converted | None:
     """
     if recipe.init_from is None:
         return None
-    start = open_converted(recipe.init_from, recipe.base, recipe.revision)
+    start = open_converted(recipe.init_from, recipe.base, recipe.revision, text=False)
     pixels = (recipe.pixels.space, recipe.pixels.mean, recipe.pixels.std)
     theirs = (start.codec.space, start.codec.mean, start.codec.std)
     if theirs != pixels:
