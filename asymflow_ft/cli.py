@@ -20,7 +20,13 @@ EXAMPLES = """examples:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; 0 on success, 1 after a message about what the user can mend, 130 after Ctrl-C."""
-    args = build_parser().parse_args(arguments)
+    parser = build_parser()
+    args, rest = parser.parse_known_args(arguments)
+    if args.command in ("finetune", "cache"):  # argparse ends the list of overrides at the first option after it
+        args.overrides += [word for word in rest if "=" in word and not word.startswith("-")]
+        rest = [word for word in rest if word not in args.overrides]
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     from asymflow_ft.commands import run  # seconds of imports, which --help and a typing error need not wait for
 
     return run(args)

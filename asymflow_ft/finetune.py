@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--card", type=float, metavar="GB", help="memory to fit, for --dry-run (default: this GPU's)")
     parser.add_argument("--tflops", type=float, help="sustained TFLOP/s per GPU, for --dry-run")
-    args = parser.parse_args(arguments)
+    args = parser.parse_intermixed_args(arguments)
     try:
         recipe = load_recipe(args.recipe, args.overrides)
         if args.dry_run:

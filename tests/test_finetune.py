@@ -215,6 +215,21 @@ def test_dry_run_counts_and_writes_nothing(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("command", [finetune.main, lambda words: cli.main(["finetune", *words])])
+def test_overrides_may_stand_on_both_sides_of_an_option(command, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert command([RECIPE, f"output_dir={out}", "--dry-run", "train.steps=77", "--card", "24", "lora={rank: 2}"]) == 0
+    printed = capsys.readouterr().out
+    assert '"steps": 77' in printed and '"rank": 2' in printed and not out.exists()
+
+
+def test_a_word_that_is_no_override_is_refused(capsys):
+    for words in (["finetune", RECIPE, "--dry-run", "--crad=24"], ["sample", "--pipeline", "x", "train.steps=1"]):
+        with pytest.raises(SystemExit):
+            cli.main(words)
+        assert f"unrecognized arguments: {words[-1]}" in capsys.readouterr().err
+
+
 def test_dry_run_of_a_mix_downloads_no_stream(tmp_path, small_data, capsys):
     mix = f"[{{source: {small_data}}}, {{source: {small_data}, limit: 5}}, {{source: x/y, streaming: true, limit: 7}}]"
     overrides = ["data.source=null", f"data.mix={mix}", f"output_dir={tmp_path / 'run'}"]

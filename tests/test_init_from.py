@@ -246,10 +246,17 @@ def test_a_run_does_not_go_on_from_another_start(styles, start, tiny_base, tmp_p
         ([*STYLE, "init_from=null", "align.path=x"], "set init_from to a converted model"),
         (["lora={rank: 3}", "init_from=recipes/tiny/base"], "is a latent pipeline; convert it first"),
         (["lora={rank: 3}", "init_from=no/where"], "cannot open"),
+        (["lora={rank: 3}", "base=START/pipeline"], "here the latent base is needed"),
+        (["lora={rank: 3}", "init_from=HERE/run"], "is a run; give the pipeline/ in it"),
+        (["lora={rank: 3}", "init_from=HERE/style"], "is a LoRA; give the converted model"),
     ],
 )
 def test_starts_that_cannot_be_are_refused(overrides, message, start, tmp_path, capsys):
-    assert run(tmp_path / "run", start / "adapter", "train.steps=1", *overrides) == 1
+    for name, file in (("run", "recipe.yaml"), ("style", LORA_WEIGHTS)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).touch()
+    overrides = [word.replace("START", str(start)).replace("HERE", str(tmp_path)) for word in overrides]
+    assert run(tmp_path / "out", start / "adapter", "train.steps=1", *overrides) == 1
     printed = capsys.readouterr().err
     assert re.search(message, printed), printed
 

@@ -145,6 +145,8 @@ def open_converted(
         raise ValueError(f"{source} is a LoRA; give the converted model that it belongs to, and this with --lora")
     if (path / "model_index.json").is_file():
         raise ValueError(f"{source} is a latent pipeline; convert it first with `asymflow-ft align` and `finetune`")
+    if (path / "recipe.yaml").is_file():
+        raise ValueError(f"{source} is a run; give the pipeline/ in it, or an export of it")
     raise ValueError(
         f"{source} is no converted model: neither a pipeline or merged folder (transformer/ and subspace/) nor an "
         f"adapter ({WEIGHTS})"
