@@ -11,7 +11,8 @@ from types import ModuleType
 import pytest
 import torch
 import yaml
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
@@ -24,6 +25,7 @@ from asymflow_ft.components.pipelines import flow_solver
 from asymflow_ft.components.subspace import Cond, PixelModel, PixelSubspace
 from asymflow_ft.export import load_pixel_pipeline
 from asymflow_ft.families import family_named, family_of
+from asymflow_ft.families.base import scheduler_shift
 from asymflow_ft.hub.bundle import bundle
 from asymflow_ft.method.asymflow import calibrate
 from asymflow_ft.method.patches import to_image, to_tokens
@@ -316,3 +318,29 @@ def test_align_finetune_sample_export(tiny, tmp_path, tiny_data):
     generator = torch.Generator().manual_seed(0)
     images = stock(PROMPTS, num_inference_steps=2, generator=generator, output_type="pt").images
     assert torch.equal(images, drawn[0])
+
+
+@pytest.mark.parametrize("name", ["qwen_image", "z_image"])
+def test_condition_images_are_refused(name):
+    tokens = torch.zeros(1, 1, 768)
+    with pytest.raises(ValueError, match="takes no condition images"):
+        family_named(name).predict(None, tokens, torch.ones(1), Cond(tokens), (1, 1), [(tokens, (1, 1))])
+
+
+def test_turbo_loads_with_a_warning(tmp_path):
+    folder = tmp_path / "Z-Image-Turbo"
+    import_module("tests.tiny.z_image").build(folder)
+    with pytest.warns(UserWarning, match="step-distilled"):
+        parts = family_named("z_image").load_parts(str(folder), ("scheduler",), torch.float32)
+    assert family_named("z_image").latent_shift(parts) == 6.0
+
+
+@pytest.mark.parametrize("kind", ["exponential", "linear"])
+def test_the_shift_of_a_dynamic_scheduler(kind):
+    """What the scheduler does to a level of 0.5 at 1024x1024."""
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, time_shift_type=kind
+    )
+    scheduler.set_timesteps(sigmas=[0.5], mu=calculate_shift(4096, 256, 8192, 0.5, 0.9))
+    shift = scheduler_shift(scheduler)
+    assert scheduler.sigmas[0].item() == pytest.approx(shift / (1 + shift))

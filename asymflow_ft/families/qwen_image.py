@@ -120,14 +120,6 @@ def text_dim(transformer: QwenImageTransformer2DModel) -> int:
     return transformer.config.joint_attention_dim
 
 
-def _mask(lengths: list[int], device: torch.device) -> Tensor | None:
-    """Which rows of text are none of padding, (B, L); None where all are, as in the stock pipeline."""
-    if len(set(lengths)) == 1:
-        return None
-    rows = torch.arange(max(lengths), device=device)
-    return rows < torch.tensor(lengths, device=device)[:, None]
-
-
 def predict(
     transformer: nn.Module,
     tokens: Tensor,
@@ -149,11 +141,12 @@ def predict(
     """
     refuse_references(references, "Qwen-Image")
     lengths = cond.lengths()
+    embeds = cond.embeds[:, : max(lengths)]
+    mask = None if min(lengths) == max(lengths) else embeds.any(dim=-1)  # None as in the stock pipeline
     with autocast(tokens, cond):
         out = transformer(
-            hidden_states=tokens, timestep=tau, encoder_hidden_states=cond.embeds[:, : max(lengths)],
-            encoder_hidden_states_mask=_mask(lengths, tokens.device), img_shapes=[[(1, *grid)]] * len(tokens),
-            return_dict=False,
+            hidden_states=tokens, timestep=tau, encoder_hidden_states=embeds, encoder_hidden_states_mask=mask,
+            img_shapes=[[(1, *grid)]] * len(tokens), return_dict=False,
         )[0]  # fmt: skip
     return out.to(tokens.dtype)
 
@@ -166,9 +159,8 @@ def draw_base(
 
     Args:
         noise: latent tokens as an image (B, R, rows, columns), N(0, 1). embeds: (B, L, E). empty: embedding of "",
-            (L, E). size: (height, width) in pixels. guidance: classifier-free guidance scale, None for the pixel
-            pipeline's default. output_type: "latent" decodes no pictures. on_step: called with the index of every
-            step that is done.
+            (L, E). size: (height, width) in pixels. guidance: scale, None for the pixel pipeline's default.
+        output_type: "latent" decodes no pictures. on_step: called with the index of every step that is done.
     """
     scale = CFG_SCALE if guidance is None else guidance
     unconditional = {}

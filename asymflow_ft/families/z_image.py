@@ -59,7 +59,7 @@ def load_parts(
     Raises:
         ValueError: not a Z-Image pipeline, or files that cannot be fetched or read.
     """
-    if re.search(r"Z-Image-Turbo", str(base), re.IGNORECASE):
+    if re.search("z.image.turbo", str(base), re.IGNORECASE):
         warnings.warn(
             f"{base} is step-distilled: finetuning it with flow matching wears off its 8-step drawing, and its "
             "pictures take guidance 1 (sample.guidance=1). Tongyi-MAI/Z-Image is the undistilled base",
@@ -74,10 +74,8 @@ def shorten_text_encoder(pipeline: DiffusionPipeline) -> None:
 
 def embed(pipeline: DiffusionPipeline, prompts: list[str], max_length: int) -> Tensor:
     """Text embeddings (B, L, E), padded with rows of zeros."""
-    # a copy, because encode_prompt writes its chat template into the list
-    embeds, _ = pipeline.encode_prompt(
-        list(prompts), do_classifier_free_guidance=False, max_sequence_length=max_length
-    )
+    prompts = list(prompts)  # a copy, because encode_prompt writes its chat template into the list
+    embeds, _ = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=max_length)
     return pad_sequence(embeds, batch_first=True)
 
 
@@ -153,8 +151,7 @@ def predict(
         ValueError: references are given.
     """
     refuse_references(references, "Z-Image")
-    width = tokens.shape[-1]
-    patch = PIXEL_PATCH if width == 3 * PIXEL_PATCH**2 else LATENT_PATCH
+    patch = PIXEL_PATCH if tokens.shape[-1] == 3 * PIXEL_PATCH**2 else LATENT_PATCH
     images = to_image(tokens, grid, patch).unsqueeze(2)  # one frame each
     texts = [embeds[:length] for embeds, length in zip(cond.embeds, cond.lengths(), strict=True)]
     with autocast(tokens, cond):
@@ -170,9 +167,8 @@ def draw_base(
 
     Args:
         noise: latent tokens as an image (B, R, rows, columns), N(0, 1). embeds: (B, L, E). empty: embedding of "",
-            (L, E). size: (height, width) in pixels. guidance: classifier-free guidance scale, None for the pixel
-            pipeline's default. output_type: "latent" decodes no pictures. on_step: called with the index of every
-            step that is done.
+            (L, E). size: (height, width) in pixels. guidance: scale, None for the pixel pipeline's default.
+        output_type: "latent" decodes no pictures. on_step: called with the index of every step that is done.
     """
     scale = CFG_SCALE if guidance is None else guidance
     prompts = [rows[:length] for rows, length in zip(embeds, Cond(embeds).lengths(), strict=True)]
