@@ -28,7 +28,7 @@ from asymflow_ft.method.patches import to_image
 from asymflow_ft.training import trainable
 from asymflow_ft.training.encode import encode_texts
 
-NAMES = ["flux2"]
+NAMES = ["flux2", "flux1", "sd3"]
 PROMPTS = ["red apple", "a rocket over the sea"]
 LENGTH = 16  # text tokens
 SIDE = 64  # pixels

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -175,9 +176,10 @@ class PixelPipelineMixin:
             level = sigma.expand(len(x_t), 1, 1)
 
             def conditioned_on(name: str, embeds: Tensor) -> Tensor:
-                with self.transformer.cache_context(name):
-                    cond = Cond(embeds, model.guidance, references)
-                    return model.velocity(x_t, level, cond, grid)
+                # not all diffusers transformers have caches
+                cached = hasattr(self.transformer, "cache_context")
+                with self.transformer.cache_context(name) if cached else nullcontext():
+                    return model.velocity(x_t, level, Cond(embeds, model.guidance, references), grid)
 
             v = conditioned_on("cond", prompt_embeds)
             if guided:

@@ -4,10 +4,10 @@ from types import ModuleType
 
 from diffusers import DiffusionPipeline
 
-from asymflow_ft.families import flux2
+from asymflow_ft.families import flux1, flux2, sd3
 from asymflow_ft.families.base import load_index
 
-_MODULES = (flux2,)
+_MODULES = (flux2, flux1, sd3)
 
 
 def family_of(base: str, revision: str | None = None) -> ModuleType:

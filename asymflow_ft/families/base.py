@@ -3,7 +3,7 @@
 import hashlib
 import importlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -11,13 +11,16 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError, HTTPError  # of the HTTP library that this version uses
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
-from asymflow_ft.components.subspace import Cond
+from asymflow_ft.components.subspace import Cond, Grid
+from asymflow_ft.method.patches import to_image, to_tokens
+
+KL_PACK = 2  # side of the square of VAE latents that is one token
 
 
 @contextmanager
@@ -151,3 +154,57 @@ def build_lifted(transformer: ModelMixin, changes: dict[str, Any], state: dict[s
         lifted = type(transformer).from_config(config | changes)
     lifted.load_state_dict(state, assign=True)
     return lifted.eval()
+
+
+def inner(transformer: nn.Module, kind: type[ModelMixin]) -> ModelMixin:
+    """The diffusers model inside what DDP, DeepSpeed or torch.compile made of it."""
+    return next(module for module in transformer.modules() if isinstance(module, kind))
+
+
+def refuse_references(references: Sequence[tuple[Tensor, Grid]]) -> None:
+    """For a family without condition images.
+
+    Raises:
+        ValueError: there are some.
+    """
+    if references:
+        raise ValueError(
+            "this base takes no condition images: leave out `image` when drawing and data.condition_column when "
+            "training, or use a base that takes them, such as black-forest-labs/FLUX.2-klein-base-4B"
+        )
+
+
+def join_pooled(pooled: Tensor, rows: Tensor) -> Tensor:
+    """A pooled embedding (B, P), P <= E, filled up with zeros, in front of text embeddings (B, L, E)."""
+    first = rows.new_zeros(len(rows), 1, rows.shape[2])
+    first[:, 0, : pooled.shape[1]] = pooled
+    return torch.cat([first, rows], dim=1)
+
+
+def split_pooled(embeds: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """The inverse of `join_pooled`: (B, P) and (B, L, E), for the width P of the pooled embedding."""
+    return embeds[:, 0, :width], embeds[:, 1:]
+
+
+def kl_pixel_patch(vae: AutoencoderKL) -> int:
+    """Side in pixels of the image patch that one token of 2x2 latents stands for."""
+    return 2 ** (len(vae.config.block_out_channels) - 1) * KL_PACK
+
+
+def kl_latent_dim(vae: AutoencoderKL) -> int:
+    """Values of one token of 2x2 latents, the rank R of the subspace."""
+    return vae.config.latent_channels * KL_PACK**2
+
+
+def kl_encode_latents(vae: AutoencoderKL, rgb: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """RGB in [-1, 1], (B, 3, H, W) -> normalised float32 latent tokens (B, N, R) of 2x2 latents: the posterior's mode,
+    or with a generator a sample of it."""
+    posterior = vae.encode(rgb.to(vae.device, vae.dtype)).latent_dist
+    z = (posterior.mode() if generator is None else posterior.sample(generator)).float()
+    return to_tokens((z - vae.config.shift_factor) * vae.config.scaling_factor, KL_PACK)
+
+
+def kl_decode_latents(vae: AutoencoderKL, z: Tensor, grid: Grid) -> Tensor:
+    """Latent tokens (B, N, R) of 2x2 latents -> RGB in [-1, 1], float32; `grid` is (rows, columns) of tokens."""
+    latents = to_image(z.to(vae.device), grid, KL_PACK) / vae.config.scaling_factor + vae.config.shift_factor
+    return vae.decode(latents.to(vae.dtype)).sample.float().clamp(-1, 1)
