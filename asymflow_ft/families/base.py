@@ -208,3 +208,7 @@ def kl_decode_latents(vae: AutoencoderKL, z: Tensor, grid: Grid) -> Tensor:
     """Latent tokens (B, N, R) of 2x2 latents -> RGB in [-1, 1], float32; `grid` is (rows, columns) of tokens."""
     latents = to_image(z.to(vae.device), grid, KL_PACK) / vae.config.scaling_factor + vae.config.shift_factor
     return vae.decode(latents.to(vae.dtype)).sample.float().clamp(-1, 1)
+
+
+# pixel_patch, latent_dim, encode_latents and decode_latents of a family with such latents
+KL_LATENTS = (kl_pixel_patch, kl_latent_dim, kl_encode_latents, kl_decode_latents)

@@ -1,7 +1,8 @@
 """FLUX.1: dev and models of its kind (CLIP's pooled embedding and T5, embedded guidance).
 
 Latent tokens are 2x2 packed VAE latents, channel first: rank 64, one token per 16x16 pixels. The transformer takes
-sigma in [0, 1] and predicts eps - x0. Under autocast it rounds sigma to bf16 itself, as in its stock pipeline.
+sigma in [0, 1] and predicts eps - x0. Run in bf16, the network rounds sigma to bf16 (steps of 0.004
+near 1) itself, in its stock pipeline too.
 """
 
 import math
@@ -19,9 +20,17 @@ from torch import Tensor, nn
 from asymflow_ft.components.pipelines import CFG_SCALE, PixelPipelineMixin
 from asymflow_ft.components.subspace import Cond, Grid, PixelSubspace
 from asymflow_ft.families.base import (
-    autocast, build_lifted, inner, join_pooled, kl_decode_latents, kl_encode_latents, kl_latent_dim, kl_pixel_patch,
-    load_json, refuse_references, run_stock, split_pooled, stock_parts,
-)  # fmt: skip
+    KL_LATENTS,
+    autocast,
+    build_lifted,
+    inner,
+    join_pooled,
+    load_json,
+    refuse_references,
+    run_stock,
+    split_pooled,
+    stock_parts,
+)
 from asymflow_ft.method.asymflow import lift_weights
 from asymflow_ft.method.patches import to_tokens
 
@@ -41,8 +50,7 @@ ADAPTER_CONFIG = (
     "pooled_projection_dim", "guidance_embeds", "axes_dims_rope",
 )  # fmt: skip
 
-pixel_patch, latent_dim = kl_pixel_patch, kl_latent_dim
-encode_latents, decode_latents = kl_encode_latents, kl_decode_latents
+pixel_patch, latent_dim, encode_latents, decode_latents = KL_LATENTS
 
 
 def load_parts(
@@ -164,10 +172,9 @@ def lora_targets(transformer: FluxTransformer2DModel) -> list[str]:
     output; no queries, keys or values."""
     names = ["time_text_embed.timestep_embedder.linear_1", "time_text_embed.timestep_embedder.linear_2"]
     for i in range(transformer.config.num_layers):
-        names += [f"transformer_blocks.{i}.{ff}.{end}" for ff in ("ff", "ff_context") for end in ("net.0.proj", "net.2")]
-    for i in range(transformer.config.num_single_layers):
-        names += [f"single_transformer_blocks.{i}.{end}" for end in ("proj_mlp", "proj_out")]
-    return names
+        names += [f"transformer_blocks.{i}.{ff}.net.{end}" for ff in ("ff", "ff_context") for end in ("0.proj", "2")]
+    singles = range(transformer.config.num_single_layers)
+    return names + [f"single_transformer_blocks.{i}.{end}" for i in singles for end in ("proj_mlp", "proj_out")]
 
 
 class PixelFluxPipeline(PixelPipelineMixin, FluxPipeline):

@@ -20,9 +20,18 @@ from torch import Tensor, nn
 from asymflow_ft.components.pipelines import CFG_SCALE, PixelPipelineMixin
 from asymflow_ft.components.subspace import Cond, Grid, PixelSubspace
 from asymflow_ft.families.base import (
-    KL_PACK, autocast, build_lifted, inner, join_pooled, kl_decode_latents, kl_encode_latents, kl_latent_dim,
-    kl_pixel_patch, load_index, refuse_references, run_stock, split_pooled, stock_parts,
-)  # fmt: skip
+    KL_LATENTS,
+    KL_PACK,
+    autocast,
+    build_lifted,
+    inner,
+    join_pooled,
+    load_index,
+    refuse_references,
+    run_stock,
+    split_pooled,
+    stock_parts,
+)
 from asymflow_ft.method.asymflow import lift_weights
 from asymflow_ft.method.patches import to_channel_first, to_channel_last, to_image, to_tokens
 
@@ -42,8 +51,7 @@ ADAPTER_CONFIG = (
     "pooled_projection_dim", "pos_embed_max_size", "dual_attention_layers", "qk_norm",
 )  # fmt: skip
 
-pixel_patch, latent_dim = kl_pixel_patch, kl_latent_dim
-encode_latents, decode_latents = kl_encode_latents, kl_decode_latents
+pixel_patch, latent_dim, encode_latents, decode_latents = KL_LATENTS
 
 
 def load_parts(
@@ -104,9 +112,8 @@ def lift(transformer: SD3Transformer2DModel, subspace: PixelSubspace) -> SD3Tran
     state["pos_embed.proj.weight"] = weight_in.unflatten(1, (3, patch, patch))
     state["proj_out.weight"] = to_channel_last(weight_out.mT).mT.contiguous()
     state["proj_out.bias"] = to_channel_last(bias_out)
-    changes = {"patch_size": patch, "in_channels": 3, "out_channels": 3}
-    # the same grid of tokens, so the same position embeddings
-    changes["sample_size"] = config.sample_size // config.patch_size * patch
+    size = config.sample_size // config.patch_size * patch  # the same tokens, and so the same position embeddings
+    changes = {"patch_size": patch, "in_channels": 3, "out_channels": 3, "sample_size": size}
     return build_lifted(transformer, changes, state)
 
 
@@ -170,8 +177,8 @@ def draw_base(
 
 
 def lora_targets(transformer: SD3Transformer2DModel) -> list[str]:
-    """Exact module names, after the paper's recipe for FLUX.2: feed-forwards and the time embedder; no queries, keys or
-    values. The last block has no feed-forward for the text."""
+    """Exact module names, after the paper's recipe for FLUX.2: feed-forwards and the time embedder; no queries, keys
+    or values. The last block has no feed-forward for the text."""
     names = ["time_text_embed.timestep_embedder.linear_1", "time_text_embed.timestep_embedder.linear_2"]
     last = transformer.config.num_layers - 1
     for i in range(last + 1):

@@ -5,8 +5,14 @@ from diffusers import AutoencoderKL
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
 from transformers import (
-    CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer,
-)  # fmt: skip
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 CLIP_LENGTH = 12  # text tokens; captions longer than that are cut
 
