@@ -16,6 +16,7 @@ from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
+from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
@@ -32,7 +33,7 @@ from asymflow_ft.method.patches import to_image, to_tokens
 from asymflow_ft.training import trainable
 from asymflow_ft.training.encode import encode_texts, load_text_parts
 
-NAMES = ["flux2", "qwen_image", "z_image", "ernie_image"]
+NAMES = ["flux2", "flux1", "sd3", "qwen_image", "z_image", "ernie_image"]
 PROMPTS = ["red apple", "a rocket over the sea"]
 LENGTH = 16  # text tokens
 SIDE = 64  # pixels
@@ -110,6 +111,29 @@ def test_the_lifted_network_is_the_base_on_the_subspace(tiny):
     torch.testing.assert_close(pixels @ subspace.basis, expected, rtol=0, atol=1e-12)
     torch.testing.assert_close(pixels, expected @ subspace.basis.mT, rtol=0, atol=1e-12)
     assert expected.abs().max() > 0.1 and (expected[0] - expected[1]).abs().max() > 1e-3
+
+
+class Wrapped(nn.Module):
+    """As DDP and others wrap a network: its config and submodules are not where they were."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, **arguments):
+        return self.module(**arguments)
+
+
+@torch.no_grad()
+def test_the_network_can_be_wrapped_and_in_bf16(tiny):
+    base = type(tiny.parts.transformer).from_config(tiny.parts.transformer.config).to(torch.bfloat16).eval()
+    base.load_state_dict(tiny.parts.transformer.state_dict())
+    z, tau, cond = tiny.latents(2, seed=8), torch.tensor([0.3, 0.85]), Cond(tiny.texts().bfloat16(), tiny.guidance())
+    expected = tiny.family.predict(base, z, tau, cond, tiny.grid)
+    lifted, basis = tiny.family.lift(base, tiny.subspace), tiny.subspace.basis
+    pixels = tiny.family.predict(Wrapped(lifted), z @ basis.mT, tau, cond, tiny.grid)
+    assert pixels.dtype == expected.dtype == torch.float32
+    assert (pixels @ basis - expected).std() < 0.03 * expected.std()
 
 
 @torch.no_grad()

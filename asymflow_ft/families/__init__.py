@@ -4,10 +4,10 @@ from types import ModuleType
 
 from diffusers import DiffusionPipeline
 
-from asymflow_ft.families import ernie_image, flux2, qwen_image, z_image
+from asymflow_ft.families import ernie_image, flux1, flux2, qwen_image, sd3, z_image
 from asymflow_ft.families.base import load_index
 
-_MODULES = (flux2, qwen_image, z_image, ernie_image)
+_MODULES = (flux2, flux1, sd3, qwen_image, z_image, ernie_image)
 
 
 def family_of(base: str, revision: str | None = None) -> ModuleType:

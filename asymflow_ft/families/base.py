@@ -4,7 +4,7 @@ import hashlib
 import importlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -17,7 +17,7 @@ from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError, HTTPError  # of the HTTP library that this version uses
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from asymflow_ft.components.subspace import Cond, Grid
 
@@ -148,19 +148,6 @@ def scheduler_shift(scheduler: FlowMatchEulerDiscreteScheduler, tokens: int = 64
     return math.exp(mu) if c.time_shift_type == "exponential" else mu
 
 
-def refuse_references(references: list[tuple[Tensor, Grid]], name: str) -> None:
-    """For networks that cannot take condition images.
-
-    Raises:
-        ValueError: there are some.
-    """
-    if references:
-        raise ValueError(
-            f"{name} takes no condition images; leave out `image`, or data.condition_column in a recipe "
-            "(FLUX.2 bases take them)"
-        )
-
-
 def autocast(tokens: Tensor, cond: Cond) -> torch.autocast:
     """Around a network call, in the precision of the text embeddings. Not a cast: tau stays float32 (near 1, bf16 has
     steps of 0.004), and the trained end layers may be float32."""
@@ -175,3 +162,33 @@ def build_lifted(transformer: ModelMixin, changes: dict[str, Any], state: dict[s
         lifted = type(transformer).from_config(config | changes)
     lifted.load_state_dict(state, assign=True)
     return lifted.eval()
+
+
+def inner(transformer: nn.Module, kind: type[ModelMixin]) -> ModelMixin:
+    """The diffusers model inside what DDP, DeepSpeed or torch.compile made of it."""
+    return next(module for module in transformer.modules() if isinstance(module, kind))
+
+
+def refuse_references(references: Sequence[tuple[Tensor, Grid]]) -> None:
+    """For a family without condition images.
+
+    Raises:
+        ValueError: there are some.
+    """
+    if references:
+        raise ValueError(
+            "this base takes no condition images: leave out `image` when drawing and data.condition_column when "
+            "training, or use a base that takes them, such as black-forest-labs/FLUX.2-klein-base-4B"
+        )
+
+
+def join_pooled(pooled: Tensor, rows: Tensor) -> Tensor:
+    """A pooled embedding (B, P), P <= E, filled up with zeros, in front of text embeddings (B, L, E)."""
+    first = rows.new_zeros(len(rows), 1, rows.shape[2])
+    first[:, 0, : pooled.shape[1]] = pooled
+    return torch.cat([first, rows], dim=1)
+
+
+def split_pooled(embeds: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """The inverse of `join_pooled`: (B, P) and (B, L, E), for the width P of the pooled embedding."""
+    return embeds[:, 0, :width], embeds[:, 1:]

@@ -129,7 +129,7 @@ def predict(
     Raises:
         ValueError: references are given.
     """
-    refuse_references(references, "ERNIE-Image")
+    refuse_references(references)
     lengths = torch.tensor(cond.lengths(), device=tokens.device)
     with autocast(tokens, cond):
         out = transformer(

@@ -139,7 +139,7 @@ def predict(
     Raises:
         ValueError: references are given.
     """
-    refuse_references(references, "Qwen-Image")
+    refuse_references(references)
     lengths = cond.lengths()
     embeds = cond.embeds[:, : max(lengths)]
     mask = None if min(lengths) == max(lengths) else embeds.any(dim=-1)  # None as in the stock pipeline

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, ModelMixin, ZImagePipeline, ZImageTransformer2DModel
+from diffusers import ModelMixin, ZImagePipeline, ZImageTransformer2DModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.pipelines.z_image.pipeline_output import ZImagePipelineOutput
 from diffusers.schedulers import UniPCMultistepScheduler
@@ -30,6 +30,7 @@ from asymflow_ft.families.base import (
     scheduler_shift,
     stock_parts,
 )
+from asymflow_ft.families.vae import KL_LATENTS, KL_PACK
 from asymflow_ft.method.asymflow import lift_weights
 from asymflow_ft.method.patches import to_channel_first, to_channel_last, to_image, to_tokens
 
@@ -37,7 +38,7 @@ PIPELINES = {"ZImagePipeline": ZImagePipeline}
 CHECKPOINTS = (("Tongyi-MAI/Z-Image", "apache-2.0"), ("Tongyi-MAI/Z-Image-Turbo", "apache-2.0"))
 TRANSFORMER = ZImageTransformer2DModel
 TEXT_PARTS = ("text_encoder", "tokenizer")
-LATENT_PATCH = 2
+LATENT_PATCH = KL_PACK
 PIXEL_PATCH = 16  # the lifted end layers carry it in their names
 OUTPUT_LAYER = f"all_final_layer.{PIXEL_PATCH}-1.linear"
 TRAINED_ENDS = (
@@ -84,28 +85,7 @@ def latent_shift(pipeline: DiffusionPipeline) -> float:
     return scheduler_shift(pipeline.scheduler)
 
 
-def pixel_patch(vae: AutoencoderKL) -> int:
-    """Side in pixels of the image patch that one latent token stands for."""
-    return 2 ** (len(vae.config.block_out_channels) - 1) * LATENT_PATCH
-
-
-def latent_dim(vae: AutoencoderKL) -> int:
-    """Values of one latent token, the rank R of the subspace."""
-    return vae.config.latent_channels * LATENT_PATCH**2
-
-
-def encode_latents(vae: AutoencoderKL, rgb: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """RGB in [-1, 1], (B, 3, H, W) -> normalised float32 latent tokens (B, N, 64): the posterior's mode, or with a
-    generator a sample of it."""
-    posterior = vae.encode(rgb.to(vae.device, vae.dtype)).latent_dist
-    z = (posterior.mode() if generator is None else posterior.sample(generator)).float()
-    return to_tokens((z - vae.config.shift_factor) * vae.config.scaling_factor, LATENT_PATCH)
-
-
-def decode_latents(vae: AutoencoderKL, z: Tensor, grid: Grid) -> Tensor:
-    """Latent tokens (B, N, 64) -> RGB in [-1, 1], float32; `grid` is (rows, columns) of tokens."""
-    latents = to_image(z.to(vae.device), grid, LATENT_PATCH) / vae.config.scaling_factor + vae.config.shift_factor
-    return vae.decode(latents.to(vae.dtype)).sample.float().clamp(-1, 1)
+pixel_patch, latent_dim, encode_latents, decode_latents = KL_LATENTS
 
 
 def lift(transformer: ZImageTransformer2DModel, subspace: PixelSubspace) -> ZImageTransformer2DModel:
@@ -150,7 +130,7 @@ def predict(
     Raises:
         ValueError: references are given.
     """
-    refuse_references(references, "Z-Image")
+    refuse_references(references)
     patch = PIXEL_PATCH if tokens.shape[-1] == 3 * PIXEL_PATCH**2 else LATENT_PATCH
     images = to_image(tokens, grid, patch).unsqueeze(2)  # one frame each
     texts = [embeds[:length] for embeds, length in zip(cond.embeds, cond.lengths(), strict=True)]
