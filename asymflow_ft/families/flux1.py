@@ -22,6 +22,7 @@ from asymflow_ft.components.subspace import Cond, Grid, PixelSubspace
 from asymflow_ft.families.base import (
     autocast,
     build_lifted,
+    exact_time,
     inner,
     join_pooled,
     load_json,
@@ -130,11 +131,12 @@ def predict(
         ValueError: there are condition images.
     """
     refuse_references(references)
-    config = inner(transformer, FluxTransformer2DModel).config
+    network = inner(transformer, FluxTransformer2DModel)
+    config = network.config
     pooled, text = split_pooled(cond.embeds, config.pooled_projection_dim)
     value = DISTILLED_GUIDANCE if cond.guidance is None else cond.guidance
     positions = torch.cartesian_prod(torch.tensor([0]), torch.arange(grid[0]), torch.arange(grid[1]))
-    with autocast(tokens, cond):
+    with autocast(tokens, cond), exact_time(network.time_text_embed, 1000 * tau):
         out = transformer(
             hidden_states=tokens, encoder_hidden_states=text, pooled_projections=pooled, timestep=tau,
             guidance=tau.new_full(tau.shape, value) if config.guidance_embeds else None,
