@@ -23,7 +23,7 @@ from asymflow_ft.method.patches import to_tokens
 from asymflow_ft.recipe import load_recipe
 from asymflow_ft.training.checkpoint import list_checkpoints
 from asymflow_ft.training.objective import draw_noise, training_terms
-from asymflow_ft.training.student import open_start
+from asymflow_ft.training.student import open_start, start_key
 from tests.conftest import REPOSITORY
 from tests.converted import as_converted, converted_lora
 from tests.hub_server import Hub, Repo, files_of
@@ -209,6 +209,20 @@ def test_a_run_does_not_go_on_from_another_start(styles, start, tiny_base, tmp_p
     export(other, tmp_path / "adapter", "adapter")
     assert run(out, tmp_path / "adapter", *STYLE, "train.steps=2") == 1
     assert "began with other init_from" in capsys.readouterr().err
+
+
+def test_a_start_is_known_by_its_weights_and_not_by_where_they_lie(start, tiny_base, tmp_path):
+    """A spot machine fetches the same model again, with other times and under another path."""
+    whole = as_converted(load_pixel_pipeline(start / "adapter", torch.float32), tiny_base)
+    export(whole, tmp_path / "whole", "merged", shard_size="1MB")
+    whole.trained["norm_out.linear.weight"][0, 0] += 1
+    export(whole, tmp_path / "trained on", "merged")
+    keys = [start_key(open_converted(start / "pipeline")), start_key(open_converted(tmp_path / "whole"))]
+    for source, key in zip((start / "pipeline", tmp_path / "whole"), keys, strict=True):
+        shutil.copytree(source, tmp_path / f"copy of {source.name}", copy_function=shutil.copyfile)
+        assert start_key(open_converted(tmp_path / f"copy of {source.name}")) == key
+    assert start_key(open_converted(start / "adapter")) == keys[0]
+    assert start_key(open_converted(tmp_path / "trained on")) != keys[1]
 
 
 @pytest.mark.parametrize(
