@@ -96,7 +96,7 @@ def test_a_report_that_lies_in_the_working_directory_is_not_the_runs(start, tmp_
     assert cli.main(["export", out.name, "--form", "lora", "--out", "again"]) == 0
 
 
-def test_checkpoints_are_exported_with_either_weights(start, tmp_path):
+def test_checkpoints_are_exported_with_either_weights(start, tmp_path, capsys):
     out = tmp_path / "run"
     assert run(out, start / "adapter", "lora={rank: 3}", "train.steps=3", "train.keep_checkpoints=3") == 0
     checkpoints = list_checkpoints(out / "checkpoints")
@@ -117,6 +117,18 @@ def test_checkpoints_are_exported_with_either_weights(start, tmp_path):
     assert not torch.equal(plain["proj_out.weight"], newest["proj_out.weight"])
     earlier, stated = exported(checkpoints[0])
     assert stated["step"] == 1 and not torch.equal(earlier["proj_out.weight"], newest["proj_out.weight"])
+
+    def refused(source):
+        assert cli.main(["export", str(source), "--form", "adapter", "--out", str(tmp_path / "none")]) == 1
+        return capsys.readouterr().err
+
+    with open(checkpoints[0] / "trained.safetensors", "r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x55")
+    assert "choose another checkpoint" in refused(checkpoints[0])
+    material = out / "logs/material.json"
+    material.write_text(json.dumps(json.loads(material.read_text()) | {"subspace": "other"}))
+    assert "is not the one that" in refused(out)
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +154,8 @@ def test_a_style_is_the_blocks_adapters_alone(styles, start):
         stated = read_provenance(folder)
         assert stated["form"] == "lora" and stated["init_from"] == str(start / "pipeline")
         assert {f"torch.{stated['dtype']}"} == {str(tensor.dtype) for tensor in state.values()}
+    (earlier,) = (styles / "style_0").glob("lora.before-*")  # of the first of its two runs
+    assert read_provenance(earlier)["step"] == 1 and read_provenance(styles / "style_0/lora")["step"] == 3
     assert not (styles / "style_0/pipeline").exists() and not (styles / "style_0/samples/base").exists()
     assert not list((styles / "cache").glob("latents/*.safetensors"))  # plain flow matching needs none
 
@@ -191,6 +205,10 @@ def test_sample_takes_styles(styles, start, tmp_path, capsys):
     for wrong, message in ((f"{style}=much", "could not convert"), (str(tmp_path / "none"), "cannot be put on")):
         assert cli.main([*base, "--lora", wrong, "--out", str(tmp_path / "b")]) == 1
         assert message in capsys.readouterr().err
+    model = ["--pipeline", str(styles / "style_0"), "--out", str(tmp_path / "b")]
+    assert (
+        cli.main(["sample", "--prompt", "x", *model]) == 1 and "trains a style LoRA; give" in capsys.readouterr().err
+    )
     exported = ["export", str(styles / "style_0"), "--out", str(tmp_path / "c"), "--form"]
     assert cli.main([*exported, "merged"]) == 1 and "choose --form lora" in capsys.readouterr().err
     assert cli.main([*exported, "lora", "--dtype", "bfloat16"]) == 1 and "always float32" in capsys.readouterr().err
