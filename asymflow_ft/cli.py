@@ -94,7 +94,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--pipeline", required=True, help="converted model of any form (folder or Hub id), released adapter, or run"
     )
-    command.add_argument("--base", help="latent base of an adapter that does not name it")
+    command.add_argument("--base", help="latent base of an adapter or merged model (default: the one it names)")
     command.add_argument(
         "--lora", action="append", default=[], metavar="PATH[=WEIGHT]",
         help="style LoRA (folder, file or Hub id) with its weight (default: 1); may be given several times",
@@ -147,7 +147,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--dtype", choices=("bfloat16", "float16", "float32"), help="of the transformer (default: as trained or "
         "stored). The adapter beside it is float16, as released, or float32",
     )  # fmt: skip
-    command.add_argument("--base", help="latent base of an adapter that does not name it")
+    command.add_argument("--base", help="latent base of an adapter or merged model (default: the one it names)")
     command.add_argument("--revision", help="revision of that base")
     command.add_argument("--shard-size", default="5GB", help="most that one file holds (default: %(default)s)")
 

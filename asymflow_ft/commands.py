@@ -109,8 +109,8 @@ def run_cache(args: argparse.Namespace) -> int:
 
 def run_sample(args: argparse.Namespace) -> None:
     prompts = args.prompt + (read_prompts(args.prompts) if args.prompts else [])
-    if not prompts:
-        raise ValueError("nothing to draw: give --prompt or --prompts FILE")
+    if not prompts or args.per_prompt < 1:
+        raise ValueError("nothing to draw: give --prompt or --prompts FILE, and --per-prompt of 1 or more")
     conditions = [decode(file.read_bytes(), str(file)) for file in args.image]
     device = process_state().device
     dtype = getattr(torch, args.dtype or default_dtype())

@@ -179,12 +179,11 @@ def export_any(
             raise ValueError(f"{source} holds one set of weights; --ema and --no-ema choose between those of a run")
         if form == "lora":
             raise ValueError(f"{source} is a converted model; a LoRA comes from a run with lora.ends=false")
-        return export(open_converted(source, base, revision), out, form, dtype, shard_size)
-    if base is not None:
-        raise ValueError(f"{source} is a run, whose recipe names its base; --base is for adapters")
+        return export(open_source(source, base, revision), out, form, dtype, shard_size)
+    _check_base(source, base, revision)
     result, family, metrics = open_result(source, ema is not False)
     if result.recipe.is_style != (form == "lora"):
-        has, wants = ("a style LoRA", "--form lora") if result.recipe.is_style else ("a model", f"one of {FORMS}")
+        has, wants = ("a style LoRA", "--form lora") if result.recipe.is_style else ("a model", ", ".join(FORMS))
         raise ValueError(f"{source} trains {has}, and --form is {form}; choose {wants}")
     if form == "lora":
         if dtype is not None:
@@ -203,10 +202,16 @@ def open_source(source: str, base: str | None = None, revision: str | None = Non
     """A run's newest averaged weights, a checkpoint's, or a converted model of any form.
 
     Raises:
-        ValueError: it cannot be opened, or is a style LoRA.
+        ValueError: it cannot be opened, is a style LoRA, or brings its base and another is given.
     """
     if not is_run(source):
-        return open_converted(source, base, revision)
+        opened = open_converted(source, base, revision)
+        if opened.provenance["form"] == "pipeline":
+            _check_base(source, base, revision)
+        elif opened.folder is not None and base is not None:
+            opened = replace(opened, provenance={**opened.provenance, "base": base, "revision": revision})
+        return opened
+    _check_base(source, base, revision)
     result, family, metrics = open_result(source)
     if result.recipe.is_style:
         raise ValueError(
@@ -214,6 +219,11 @@ def open_source(source: str, base: str | None = None, revision: str | None = Non
             f"and {result_folder(result.recipe)} as a LoRA"
         )
     return converted(result, family, metrics)
+
+
+def _check_base(source: str, base: str | None, revision: str | None) -> None:
+    if base is not None or revision is not None:
+        raise ValueError(f"{source} has its base in itself; --base and --revision are for adapters and merged models")
 
 
 def load_pixel_pipeline(

@@ -127,6 +127,9 @@ def test_values_too_large_for_the_released_precision_are_refused(tiny_base, tmp_
     model.trained["proj_out.weight"][0, 0] = 7e4
     with pytest.raises(ValueError, match=r"proj_out\.weight has values that torch\.float16 cannot hold.*float32"):
         export(model, tmp_path / "adapter", "adapter")
+    model.trained["proj_out.weight"][0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"proj_out\.weight has values that are no finite numbers"):
+        export(model, tmp_path / "adapter", "adapter", torch.float32)
     assert not any(tmp_path.iterdir())
 
 
@@ -183,6 +186,10 @@ def test_the_official_release_opens(official, tiny_base, written, tmp_path):
         (lambda f: edit(f / "config.json", num_timesteps=1000), "num_timesteps 1000; only 1"),
         (lambda f: edit(f / "config.json", _class_name="Other"), "is a Other, and its base needs a AsymFlux2"),
         (lambda f: reshape(f / WEIGHTS, "proj_out.weight"), r"the adapter's proj_out\.weight .* does not fit"),
+        (lambda f: lose(f / WEIGHTS, "lora_A"), r"is not whole: .*lora_B\.weight has no counterpart"),
+        (lambda f: lose(f / WEIGHTS, "lora_B"), r"is not whole: .*lora_A\.weight has no counterpart"),
+        (lambda f: lose(f / WEIGHTS, "proj_out"), "is not whole: it has no proj_out"),
+        (lambda f: (f / "config.json").write_text("{"), r"config\.json cannot be read"),
     ],
 )
 def test_what_is_wrong_with_an_adapter_is_said(change, message, written, tiny_base, tmp_path, capsys):
@@ -192,7 +199,7 @@ def test_what_is_wrong_with_an_adapter_is_said(change, message, written, tiny_ba
     assert cli.main(["export", str(folder), "--form", "merged", "--out", str(tmp_path / "out")]) == 1
     printed = capsys.readouterr().err
     assert "error: " in printed and "Traceback" not in printed and re.search(message, printed), printed
-    assert not (tmp_path / "out").exists() and not (tmp_path / "out.part").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter"}
 
 
 def edit(file, **values):
@@ -204,6 +211,10 @@ def reshape(file, name):
     save_file(state | {name: state[name][:, :-1].contiguous()}, file)
 
 
+def lose(file, part):
+    save_file({name: tensor for name, tensor in load_file(file).items() if part not in name}, file)
+
+
 def test_arguments_that_do_not_apply_are_refused(written, tiny_base, tmp_path, capsys):
     for arguments, message in (
         ([str(written / "adapter"), "--no-ema"], "holds one set of weights"),
@@ -211,6 +222,9 @@ def test_arguments_that_do_not_apply_are_refused(written, tiny_base, tmp_path, c
         ([tiny_base], "is a latent pipeline; convert it first"),
         ([str(tmp_path / "nowhere/at/all")], "cannot open"),
         ([str(written / "adapter"), "--out", str(written / "merged")], "already exists"),
+        ([str(written / "adapter"), "--base", str(written / "pipeline")], "here the latent base is needed"),
+        ([str(written / "pipeline"), "--base", tiny_base], "--base and --revision are for adapters"),
+        ([str(written / "pipeline"), "--revision", "v2"], "--base and --revision are for adapters"),
     ):
         out = ["--out", str(tmp_path / "out")] if "--out" not in arguments else []
         form = ["--form", "merged"] if "--form" not in arguments else []
@@ -228,6 +242,23 @@ def test_every_form_can_be_pushed(form, written, capsys):
     printed = capsys.readouterr().out
     assert f"Made with asymflow-ft {version('asymflow-ft')};" in printed and "not pushed" not in printed
     assert WEIGHTS in printed
+
+
+def test_a_merged_model_takes_the_text_encoder_of_another_base(written, tiny_base, tmp_path, capsys):
+    """Its own may have moved since."""
+    shutil.copytree(written / "merged", tmp_path / "merged")
+    edit(tmp_path / "merged/asymflow_ft.json", base=str(tmp_path / "gone"))
+    arguments = ["export", str(tmp_path / "merged"), "--form", "pipeline", "--out", str(tmp_path / "out")]
+    assert cli.main(arguments) == 1 and "gone" in capsys.readouterr().err
+    assert cli.main([*arguments, "--base", tiny_base]) == 0
+    assert read_provenance(tmp_path / "out") == read_provenance(written / "pipeline")
+
+
+def test_an_export_removes_no_folder_of_the_user(written, tmp_path):
+    (tmp_path / "out.part").mkdir()
+    (tmp_path / "out.part/mine.txt").write_text("mine")
+    export(open_converted(written / "adapter"), tmp_path / "out", "adapter")
+    assert (tmp_path / "out.part/mine.txt").read_text() == "mine"
 
 
 def test_a_full_disk_leaves_nothing_behind(written, tmp_path, monkeypatch):

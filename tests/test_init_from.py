@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from asymflow_ft import cli, finetune
 from asymflow_ft.components.color import PixelCodec
@@ -16,7 +16,7 @@ from asymflow_ft.components.subspace import Cond, PixelModel
 from asymflow_ft.data.prepare import Batch
 from asymflow_ft.export import ORIGIN, keep_origin, load_pixel_pipeline
 from asymflow_ft.families import flux2
-from asymflow_ft.hub.forms import add_loras, open_converted
+from asymflow_ft.hub.forms import LORA_WEIGHTS, add_loras, open_converted
 from asymflow_ft.hub.provenance import read_provenance
 from asymflow_ft.hub.write import export
 from asymflow_ft.method.patches import to_tokens
@@ -202,7 +202,7 @@ def test_sample_takes_styles(styles, start, tmp_path, capsys):
     base = ["sample", "--pipeline", str(start / "adapter"), "--prompt", "x", "--steps", "1"]
     style = str(styles / "style_0/lora")
     assert cli.main([*base, "--lora", style, "--lora", f"{style}=0.3", "--out", str(tmp_path / "a")]) == 0
-    for wrong, message in ((f"{style}=much", "could not convert"), (str(tmp_path / "none"), "cannot be put on")):
+    for wrong, message in ((f"{style}=much", "could not convert"), (str(tmp_path / "none"), "there is no file")):
         assert cli.main([*base, "--lora", wrong, "--out", str(tmp_path / "b")]) == 1
         assert message in capsys.readouterr().err
     model = ["--pipeline", str(styles / "style_0"), "--out", str(tmp_path / "b")]
@@ -215,6 +215,29 @@ def test_sample_takes_styles(styles, start, tmp_path, capsys):
     assert cli.main([*exported, "lora"]) == 0
     one, other = (load_file(f"{f}/pytorch_lora_weights.safetensors") for f in (style, tmp_path / "c"))
     assert all(torch.equal(one[name], other[name]) for name in one | other)
+
+
+def test_a_lora_goes_on_whole_or_not_at_all(styles, start, tmp_path):
+    """diffusers itself leaves out what has no place in a model, and says nothing if the rest has one."""
+    pipeline = load_pixel_pipeline(start / "pipeline", torch.float32)
+    state = load_file(styles / "style_0/lora" / LORA_WEIGHTS)
+    surplus = {f"transformer.transformer_blocks.99.ff.linear_in.lora_{side}.weight": torch.ones(2, 2) for side in "AB"}
+    file = tmp_path / "wrong.safetensors"
+    for wrong, message in (
+        (state | surplus, r"has no place for its transformer\.transformer_blocks\.99"),
+        ({name.removeprefix("transformer."): tensor for name, tensor in state.items()}, "has no place for its"),
+        ({name.replace("transformer.", "unet.", 1): tensor for name, tensor in state.items()}, "has no place for its"),
+        ({name: tensor for name, tensor in state.items() if "lora_A" in name}, "has no counterpart"),
+    ):
+        save_file(wrong, file)
+        with pytest.raises(ValueError, match=message):
+            add_loras(pipeline, [str(file)])
+        assert not hasattr(pipeline.transformer, "peft_config")
+    with pytest.raises(ValueError, match="the weight nan is no finite number"):
+        add_loras(pipeline, [f"{styles / 'style_0/lora'}=nan"])
+    shutil.copytree(styles / "style_0/lora", tmp_path / "a=b")
+    add_loras(pipeline, [str(tmp_path / "a=b"), f"{tmp_path / 'a=b'}=0.5"])
+    assert pipeline.get_active_adapters() == ["lora_0", "lora_1"]
 
 
 def test_a_run_does_not_go_on_from_another_start(styles, start, tiny_base, tmp_path, capsys):

@@ -306,3 +306,14 @@ def test_the_card_of_each_form_says_how_it_loads():
     assert "trust_remote_code=True" in cards["pipeline"] and "Lakonik/ComfyUI-piFlow" in cards["adapter"]
     assert 'load_lora_weights("jane/x"' in cards["lora"] and "subspace/" in cards["merged"]
     assert not any("None" in text or "\n\n\n" in text for text in cards.values())
+
+
+@pytest.mark.parametrize("form", ["pipeline", "adapter", "merged", "lora"])
+def test_a_card_names_no_folder_of_its_author(form):
+    folders = {"base": "/home/jane/secret/klein", "init_from": "/home/jane/secret/pixels"}
+    text = model_card({**PROVENANCE, **folders, "form": form}, "jane/x")
+    assert "secret" not in text and "`klein` (a local folder)" in text and "base_model" not in text
+    if form == "lora":
+        assert 'from_pretrained(\n    "PIPELINE"' in text
+    if form in ("adapter", "merged"):
+        assert "name it with `--base`" in text and "is fetched" not in text

@@ -17,6 +17,11 @@ def family_of(base: str, revision: str | None = None) -> ModuleType:
         ValueError: the base cannot be read, or no family converts its class.
     """
     name = load_index(base, revision).get("_class_name")
+    if isinstance(name, list):
+        raise ValueError(
+            f"{base} brings code of its own ({name[-1]}), as converted models do; here the latent base is needed. "
+            "init_from goes on from a converted model"
+        )
     for module in _MODULES:
         if name in module.PIPELINES:
             return module

@@ -7,6 +7,8 @@ lies in a folder is run here.
 """
 
 import json
+import math
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -34,6 +36,7 @@ from asymflow_ft.hub.provenance import FILE, UNKNOWN, read_provenance
 # no code, and no pickle
 DATA_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "README.md", "assets/*.png"]
 TEXT_FILES = ["text_encoder*/*", "tokenizer*/*"]
+LORA_WEIGHTS = "pytorch_lora_weights.safetensors"  # diffusers' name for it
 PICTURES = ("samples.png", "alignment.png")  # in assets/
 
 
@@ -138,6 +141,8 @@ def open_converted(
         return _open_merged(path)
     if path.is_file() or (path / WEIGHTS).is_file():
         return _open_adapter(path, base, revision)
+    if (path / LORA_WEIGHTS).is_file():
+        raise ValueError(f"{source} is a LoRA; give the converted model that it belongs to, and this with --lora")
     if (path / "model_index.json").is_file():
         raise ValueError(f"{source} is a latent pipeline; convert it first with `asymflow-ft align` and `finetune`")
     raise ValueError(
@@ -157,15 +162,32 @@ def add_loras(pipeline: DiffusionPipeline, given: Sequence[str]) -> None:
     """
     weights: dict[str, float] = {}
     for i, one in enumerate(given):
-        path, _, weight = one.rpartition("=") if "=" in one else (one, "", "1")
+        path, _, weight = one.rpartition("=") if "=" in one and not Path(one).exists() else (one, "", "1")
+        if not Path(path).exists() and (path.count("/") != 1 or path.startswith((".", "/"))):
+            raise ValueError(f"--lora {one}: there is no file or folder {path}, nor is that a Hub id")
         try:
             weights[f"lora_{i}"] = float(weight)
+            if not math.isfinite(weights[f"lora_{i}"]):
+                raise ValueError(f"the weight {weight} is no finite number")
+            _check_lora(pipeline, path)
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several are meant
             pipeline.load_lora_weights(path, adapter_name=f"lora_{i}", use_safetensors=True)
-        except (OSError, ValueError, RuntimeError, SafetensorError, HFValidationError) as error:
+        except (OSError, ValueError, LookupError, RuntimeError, SafetensorError, HFValidationError) as error:
             raise ValueError(f"the LoRA {one} cannot be put on this model: {error}") from error
     if weights:
         pipeline.set_adapters(list(weights), list(weights.values()))
+
+
+def _check_lora(pipeline: DiffusionPipeline, path: str) -> None:
+    """Raise ValueError unless the transformer has a place for every tensor of a LoRA; diffusers leaves others out."""
+    state = pipeline.lora_state_dict(path, use_safetensors=True)
+    modules = {f"transformer.{name}" for name, _ in pipeline.transformer.named_modules()}
+    for name in state:
+        module = re.split(r"\.(?:lora|lokr)_|\.alpha$", name)[0]
+        if ".lora_" in name and not all(f"{module}.lora_{side}.weight" in state for side in "AB"):
+            raise ValueError(f"it is not whole: {name} has no counterpart")
+        if module not in modules:
+            raise ValueError(f"this model has no place for its {name}; was it trained on another kind of model?")
 
 
 def _open_merged(path: Path) -> Converted:
@@ -198,12 +220,16 @@ def _open_adapter(path: Path, base: str | None, revision: str | None) -> Convert
     provenance = read_provenance(folder) if (folder / FILE).is_file() else _from_metadata(metadata)
     if base is not None:
         provenance |= {"base": base, "revision": revision}
+    elif revision is not None:
+        provenance["revision"] = revision
     provenance["base"] = provenance["base"] or _base_of_card(folder / "README.md")
     if provenance["base"] is None:
         raise ValueError(f"{path} does not name the base that it belongs to; give it with --base")
     family = family_of(provenance["base"], provenance["revision"])
     if config and config["_class_name"] != family.ADAPTER_CLASS:
         raise ValueError(f"{path} is a {config['_class_name']}, and its base needs a {family.ADAPTER_CLASS}")
+    if missing := [end for end in family.TRAINED_ENDS if f"{end}.weight" not in state]:
+        raise ValueError(f"{path} is not whole: it has no {', '.join(missing)}")
     provenance["family"] = family.__name__.rpartition(".")[2]
     if provenance["pipeline_class"] is None:
         parts = family.load_parts(provenance["base"], (), torch.float32, provenance["revision"])

@@ -42,12 +42,13 @@ def model_card(
         terms: what the base's licence means for this model, see cards.model_terms.
         notice: the sentence that the base's licence requires; given, the card asks readers to accept the licence.
     """
+    provenance = {**provenance, **{key: without_folders(provenance.get(key)) for key in ("base", "init_from")}}
     version = (provenance.get("versions") or {}).get("asymflow-ft")
     about = [
-        f"This is {FORMS[provenance['form']]}: {_link(provenance['base'])} turned from a latent into a pixel-space "
-        "text-to-image model with [AsymFlow](https://arxiv.org/abs/2605.12964). It draws pixels itself; no VAE takes "
-        f"part in sampling. Made with asymflow-ft{f' {version}' if version else ''}; `asymflow_ft.json` holds the "
-        "facts below in full."
+        f"This is {FORMS[provenance['form']]}, made from {_link(provenance['base'])} with "
+        "[AsymFlow](https://arxiv.org/abs/2605.12964), which turns a latent into a pixel-space text-to-image model. "
+        "It draws pixels itself; no VAE takes part in sampling. Made with asymflow-ft"
+        f"{f' {version}' if version else ''}; `asymflow_ft.json` holds the facts below in full."
     ]
     if provenance.get("init_from"):
         about.append(f"Training started from {_link(provenance['init_from'])}.")
@@ -115,18 +116,24 @@ def _loading(provenance: dict[str, Any], repo_id: str) -> str:
             f'`snapshot_download("{repo_id}")` beforehand, then load the folder that it returns.'
         )
     if provenance["form"] == "lora":
-        base = provenance.get("init_from") or "PIPELINE"
+        start = provenance.get("init_from")
+        base = start if is_hub_id(start) else "PIPELINE"
+        named = "" if is_hub_id(start) else " `PIPELINE` stands for it."
         return (
-            "It belongs on the pixel-space pipeline it was trained on, not on the latent base.\n\n"
+            f"It belongs on the pixel-space pipeline it was trained on, not on the latent base.{named}\n\n"
             f'```python\nimport torch\nfrom diffusers import DiffusionPipeline\n\npipeline = '
             f'DiffusionPipeline.from_pretrained(\n    "{base}", trust_remote_code=True, dtype=torch.bfloat16\n)'
             f'.to("cuda")\npipeline.load_lora_weights("{repo_id}", adapter_name="style")\n'
             f'pipeline.set_adapters(["style"], [1.0])\n{draw}\n```'
         )  # fmt: skip
-    text = f"```sh\n{ours}\nasymflow-ft export {repo_id} --form pipeline --out pipeline\n```"
+    base = provenance["base"]
+    needs = f"What it needs of its base, {_link(base)}, is fetched beside it."
+    if not is_hub_id(base):
+        needs = f"It needs its base, {_link(base)}: name it with `--base`."
+    text = f"{needs}\n\n```sh\n{ours}\nasymflow-ft export {repo_id} --form pipeline --out pipeline\n```"
     if provenance["form"] == "adapter":
         return (
-            f"The base, {_link(provenance['base'])}, is fetched beside it.\n\n{text}\n\nThe second line writes a "
+            f"{text}\n\nThe second line writes a "
             "pipeline that loads in plain diffusers. In ComfyUI, the node of the method's authors, "
             "[Lakonik/ComfyUI-piFlow](https://github.com/Lakonik/ComfyUI-piFlow), reads "
             "`diffusion_pytorch_model.safetensors` as it is."
@@ -229,7 +236,7 @@ def _safety(provenance: dict[str, Any]) -> str:
 
 
 def _link(name: str) -> str:
-    return f"[{name}](https://huggingface.co/{name})" if is_hub_id(name) else name
+    return f"[{name}](https://huggingface.co/{name})" if is_hub_id(name) else f"`{name}` (a local folder)"
 
 
 def _number(value: Any) -> str:

@@ -53,12 +53,15 @@ def trained_tensors(
         alpha_over_rank: LoRA scale, multiplied into lora_B because the format has no place for it.
 
     Raises:
-        ValueError: a value is too large for `dtype`.
+        ValueError: a value is not finite, or too large for `dtype`.
     """
     state = {}
     for name, tensor in parameters.items():
         factor = alpha_over_rank if ".lora_B." in name else 1.0
-        value = (tensor.detach().float() * factor).to("cpu", dtype).contiguous()
+        value = tensor.detach().float() * factor
+        if not value.isfinite().all():
+            raise ValueError(f"{name} has values that are no finite numbers")
+        value = value.to("cpu", dtype).contiguous()
         if not value.isfinite().all():
             raise ValueError(f"{name} has values that {dtype} cannot hold; choose --dtype float32")
         state[name.replace(".default.", ".")] = value
@@ -100,8 +103,15 @@ def load_adapter(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], d
         raise ValueError(f"{file} cannot be read as safetensors: {error}") from error
     if not set(BUFFERS) <= state.keys():
         raise ValueError(f"{file} is not an AsymFlow adapter: it has no {' and '.join(BUFFERS)}")
+    for name in (name for name in state if ".lora_" in name):
+        other = name.replace(*((".lora_A.", ".lora_B.") if ".lora_A." in name else (".lora_B.", ".lora_A.")))
+        if other == name or other not in state:
+            raise ValueError(f"{file} is not whole: {name} has no counterpart (lora_A.weight and lora_B.weight)")
     beside = file.parent / "config.json"
-    config = json.loads(beside.read_text()) if beside.is_file() else {}
+    try:
+        config = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{beside} cannot be read: {error}") from error
     for name, known in (("sigma_min", SIGMA_MIN), ("num_timesteps", NUM_TIMESTEPS)):
         stated = float(config.get(name, metadata.get(name, known)))
         if stated != known:

@@ -23,7 +23,7 @@ from huggingface_hub.utils import validate_repo_id
 from asymflow_ft.families.terms import MODEL_TERMS, NOTICES
 from asymflow_ft.hub.cards import FIELDS, matching, model_terms
 from asymflow_ft.hub.model_card import gating, model_card
-from asymflow_ft.hub.provenance import FILE, read_provenance
+from asymflow_ft.hub.provenance import FILE, read_provenance, without_folders
 
 PARTS = (
     "transformer", "subspace", "codec", "scheduler", "adapter", "text_encoder", "text_encoder_2", "text_encoder_3",
@@ -76,7 +76,7 @@ def plan_push(folder: str | Path, repo: str, private: bool) -> Plan:
     else:
         notice = " ".join(matching(licence, NOTICES))
         assets = frozenset(name.partition("/")[2] for name in files if name.startswith("assets/"))
-        terms = model_terms(base, licence, MODEL_TERMS)
+        terms = model_terms(without_folders(base), licence, MODEL_TERMS)
         texts["README.md"] = model_card(provenance, repo, assets, terms, notice)
         card, stated = (gating(licence) if notice else {}), licence
     special = licence.get("license") == "other" or matching(licence, NOTICES)

@@ -48,7 +48,7 @@ def whole_folder(out: Path, provenance: Mapping[str, Any], pictures: Mapping[str
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} already exists; remove it or choose another folder")
-    part = out.with_name(f"{out.name}.part")
+    part = out.with_name(f"{out.name}.asymflow-part")  # whatever a broken write left is removed, so a name of our own
     try:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
