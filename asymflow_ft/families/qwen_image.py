@@ -21,6 +21,8 @@ from asymflow_ft.components.subspace import Cond, Grid, PixelSubspace
 from asymflow_ft.families.base import (
     autocast,
     build_lifted,
+    exact_time,
+    inner,
     refuse_references,
     run_stock,
     scheduler_shift,
@@ -143,7 +145,8 @@ def predict(
     lengths = cond.lengths()
     embeds = cond.embeds[:, : max(lengths)]
     mask = None if min(lengths) == max(lengths) else embeds.any(dim=-1)  # None as in the stock pipeline
-    with autocast(tokens, cond):
+    network = inner(transformer, QwenImageTransformer2DModel)
+    with autocast(tokens, cond), exact_time(network.time_text_embed, tau):
         out = transformer(
             hidden_states=tokens, timestep=tau, encoder_hidden_states=embeds, encoder_hidden_states_mask=mask,
             img_shapes=[[(1, *grid)]] * len(tokens), return_dict=False,
