@@ -17,7 +17,7 @@ from torch import Tensor
 from asymflow_ft.components.color import PixelCodec
 from asymflow_ft.components.subspace import PixelSubspace, load_subspace
 from asymflow_ft.data.cache import content_key
-from asymflow_ft.families import family_of, pixel_pipeline_named
+from asymflow_ft.families import family_of, name_of, pixel_pipeline_named
 from asymflow_ft.hub.cards import card_licence, hub_commit
 from asymflow_ft.hub.forms import Converted, open_converted
 from asymflow_ft.hub.provenance import UNKNOWN
@@ -224,7 +224,7 @@ def _provenance(result: Result, family: ModuleType, metrics: Mapping[str, Any] |
     if recipe.init_from is not None:  # the nearer ancestor's terms hold, and may be stricter than the base's
         licence = card_licence(recipe.init_from) or licence
     return {
-        **UNKNOWN, "family": family.__name__.rpartition(".")[2], "pipeline_class": result.pipeline_class,
+        **UNKNOWN, "family": name_of(family), "pipeline_class": result.pipeline_class,
         "base": recipe.base, "revision": hub_commit(recipe.base, recipe.revision), "licence": licence,
         "init_from": recipe.init_from, "dtype": "bfloat16" if recipe.train.precision == "bf16" else "float32",
         "weights": result.weights, "step": result.step, "settings": dict(result.settings),
