@@ -1,6 +1,7 @@
 """What holds for every family: tests/tiny/NAME.py builds a stock pipeline with random weights, and here it is lifted,
 coupled with its own sampler, trained, saved and loaded."""
 
+import copy
 import json
 from dataclasses import dataclass
 from importlib import import_module
@@ -10,10 +11,12 @@ from types import ModuleType
 import pytest
 import torch
 import yaml
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from asymflow_ft import cli
@@ -22,13 +25,14 @@ from asymflow_ft.components.pipelines import flow_solver
 from asymflow_ft.components.subspace import Cond, PixelModel, PixelSubspace
 from asymflow_ft.export import load_pixel_pipeline
 from asymflow_ft.families import family_named, family_of
+from asymflow_ft.families.base import scheduler_shift
 from asymflow_ft.hub.bundle import bundle
 from asymflow_ft.method.asymflow import calibrate
-from asymflow_ft.method.patches import to_image
+from asymflow_ft.method.patches import to_image, to_tokens
 from asymflow_ft.training import trainable
-from asymflow_ft.training.encode import encode_texts
+from asymflow_ft.training.encode import encode_texts, load_text_parts
 
-NAMES = ["flux2"]
+NAMES = ["flux2", "qwen_image", "z_image"]
 PROMPTS = ["red apple", "a rocket over the sea"]
 LENGTH = 16  # text tokens
 SIDE = 64  # pixels
@@ -156,6 +160,60 @@ def test_latents_are_those_that_the_stock_pipeline_decodes(tiny):
 
 
 @torch.no_grad()
+def test_guidance_is_counted_alike(tiny, monkeypatch):
+    """The stock pipeline's first step goes along v_uncond + w (v - v_uncond) for our w, whatever it calls that and
+    however it scales the sum."""
+    predictions, step = [], type(tiny.parts.scheduler).step
+
+    def spy(scheduler, prediction, *arguments, **options):
+        predictions.append(prediction)
+        return step(scheduler, prediction, *arguments, **options)
+
+    monkeypatch.setattr(type(tiny.parts.scheduler), "step", spy)
+    z, grid, embeds = tiny.latents(1, seed=8), tiny.grid, tiny.texts()[:1]
+    empty = next(iter(encode_texts(tiny.family, tiny.parts, [""], LENGTH)))
+    for guidance in (1.0, 3.0):
+        tiny.family.draw_base(
+            tiny.parts, to_image(z, grid, 1), embeds, empty, (SIDE, SIDE), 2, guidance, "latent"
+        )  # fmt: skip
+    plain, guided = (v if v.ndim == 3 else to_tokens(v, 2) for v in predictions[::2])
+    v, uncond = (
+        tiny.family.predict(tiny.parts.transformer, z, torch.ones(1), Cond(rows, tiny.guidance()), grid)
+        for rows in (embeds, empty[None])
+    )
+    expected = v if tiny.guidance() is not None else uncond + 3 * (v - uncond)
+    torch.testing.assert_close(plain, v, rtol=0, atol=1e-4)
+    torch.testing.assert_close(F.normalize(guided, dim=-1), F.normalize(expected, dim=-1), rtol=0, atol=1e-4)
+    assert (F.normalize(v, dim=-1) - F.normalize(uncond + 3 * (v - uncond), dim=-1)).abs().max() > 0.01
+
+
+@torch.no_grad()
+def test_prompts_are_encoded_as_by_the_stock_pipeline(tiny):
+    """By the pixel pipeline, and by the text encoder without what prompts do not use: bit for bit."""
+    prompts = [*PROMPTS, ""]
+    expected = tiny.family.embed(tiny.parts, prompts, LENGTH)
+    assert prompts == [*PROMPTS, ""] and (expected[0] - expected[1]).abs().max() > 0.1
+    assert torch.equal(pixel_pipeline(tiny).embed(prompts, LENGTH), expected)
+    short = load_text_parts(tiny.family, tiny.folder, None, torch.float32, torch.device("cpu"))
+    assert torch.equal(tiny.family.embed(short, prompts, LENGTH), expected)
+
+
+def test_bfloat16_is_near_float32(tiny):
+    """Frozen weights and text in bfloat16, trained weights in float32, tokens and tau in float32 in and out."""
+    grid, x, tau = tiny.grid, tiny.latents(2, seed=9) @ tiny.subspace.basis.mT, torch.tensor([0.4, 0.9])
+    outputs = []
+    for dtype in (torch.float32, torch.bfloat16):
+        network = tiny.family.lift(copy.deepcopy(tiny.parts.transformer).to(dtype), tiny.subspace)
+        trainable.attach_lora(network, tiny.family.lora_targets(network), tiny.family.TRAINED_ENDS, 2, 0.0)
+        outputs.append(tiny.family.predict(network, x, tau, Cond(tiny.texts().to(dtype), tiny.guidance()), grid))
+        outputs[-1].square().mean().backward()
+        assert all(parameter.grad.isfinite().all() for parameter in trainable.trained_parameters(network).values())
+    assert outputs[1].dtype == torch.float32
+    error = (outputs[1] - outputs[0]).norm() / outputs[0].norm()
+    assert 1e-5 < error < 0.05
+
+
+@torch.no_grad()
 def test_an_embedding_does_not_depend_on_its_batch(tiny):
     together = list(encode_texts(tiny.family, tiny.parts, [*PROMPTS, ""], LENGTH))
     for prompt, embeds in zip([*PROMPTS, ""], together, strict=True):
@@ -262,3 +320,29 @@ def test_align_finetune_sample_export(tiny, tmp_path, tiny_data):
     generator = torch.Generator().manual_seed(0)
     images = stock(PROMPTS, num_inference_steps=2, generator=generator, output_type="pt").images
     assert torch.equal(images, drawn[0])
+
+
+@pytest.mark.parametrize("name", ["qwen_image", "z_image"])
+def test_condition_images_are_refused(name):
+    tokens = torch.zeros(1, 1, 768)
+    with pytest.raises(ValueError, match="takes no condition images"):
+        family_named(name).predict(None, tokens, torch.ones(1), Cond(tokens), (1, 1), [(tokens, (1, 1))])
+
+
+def test_turbo_loads_with_a_warning(tmp_path):
+    folder = tmp_path / "Z-Image-Turbo"
+    import_module("tests.tiny.z_image").build(folder)
+    with pytest.warns(UserWarning, match="step-distilled"):
+        parts = family_named("z_image").load_parts(str(folder), ("scheduler",), torch.float32)
+    assert family_named("z_image").latent_shift(parts) == 6.0
+
+
+@pytest.mark.parametrize("kind", ["exponential", "linear"])
+def test_the_shift_of_a_dynamic_scheduler(kind):
+    """What the scheduler does to a level of 0.5 at 1024x1024."""
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, time_shift_type=kind
+    )
+    scheduler.set_timesteps(sigmas=[0.5], mu=calculate_shift(4096, 256, 8192, 0.5, 0.9))
+    shift = scheduler_shift(scheduler)
+    assert scheduler.sigmas[0].item() == pytest.approx(shift / (1 + shift))

@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, UniPCMultistepScheduler
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.models.cache_utils import CacheMixin
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
@@ -167,7 +169,7 @@ class PixelPipelineMixin:
         references = tuple(
             self.codec.encode(rgb_tensor(one)[None]).to(device).expand(shape[0], -1, -1, -1) for one in conditions
         )
-        model = self.pixel_model
+        model, cached = self.pixel_model, isinstance(self.transformer, CacheMixin)
         clean = x
 
         def velocity(x_t: Tensor, sigma: Tensor) -> Tensor:
@@ -175,7 +177,7 @@ class PixelPipelineMixin:
             level = sigma.expand(len(x_t), 1, 1)
 
             def conditioned_on(name: str, embeds: Tensor) -> Tensor:
-                with self.transformer.cache_context(name):
+                with self.transformer.cache_context(name) if cached else nullcontext():
                     cond = Cond(embeds, model.guidance, references)
                     return model.velocity(x_t, level, cond, grid)
 

@@ -127,6 +127,11 @@ class Cond:
     references: tuple[Tensor, ...] = ()
     z_references: tuple[Tensor, ...] = ()
 
+    def lengths(self) -> list[int]:
+        """Rows of each prompt before the zeros that pad it; reads values, so a GPU has to be waited for."""
+        rows = torch.arange(1, self.embeds.shape[1] + 1, device=self.embeds.device)
+        return (self.embeds.any(dim=-1) * rows).amax(dim=1).tolist()
+
     def reference_grids(self, patch: int) -> list[tuple[int, int]]:
         """(rows, columns) of tokens of each condition image."""
         return [(image.shape[-2] // patch, image.shape[-1] // patch) for image in self.references]

@@ -5,16 +5,19 @@ from types import ModuleType
 
 from diffusers import DiffusionPipeline
 
-from asymflow_ft.families import flux2, unsupported
+from asymflow_ft.families import flux2, qwen_image, unsupported, z_image
 from asymflow_ft.families.base import NoIndexError, load_index, load_json
 
-_MODULES = (flux2,)
+_MODULES = (flux2, qwen_image, z_image)
 # What tests/test_families.py states for every family, by the name of the test.
 LAWS = {
     "test_the_family_is_found": "found by its index",
     "test_the_lifted_network_is_the_base_on_the_subspace": "lift exact in float64",
     "test_the_pixel_model_follows_the_stock_sampler": "trajectory of the stock sampler",
     "test_latents_are_those_that_the_stock_pipeline_decodes": "latents of the stock pipeline",
+    "test_guidance_is_counted_alike": "guidance of the stock pipeline",
+    "test_prompts_are_encoded_as_by_the_stock_pipeline": "prompts of the stock pipeline",
+    "test_bfloat16_is_near_float32": "bfloat16",
     "test_an_embedding_does_not_depend_on_its_batch": "prompts independent of their batch",
     "test_exactly_the_ends_and_the_adapters_are_trained": "trained names exact",
     "test_gradient_checkpointing_changes_nothing": "gradient checkpointing",

@@ -3,6 +3,7 @@
 import hashlib
 import importlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
+from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -21,7 +23,7 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError
 from torch import Tensor
 
-from asymflow_ft.components.subspace import Cond
+from asymflow_ft.components.subspace import Cond, Grid
 
 
 class NoIndexError(ValueError):
@@ -149,6 +151,28 @@ def run_stock(
 
     images = pipeline(callback_on_step_end=keep, **arguments).images
     return images, last["latents"].float()
+
+
+def scheduler_shift(scheduler: FlowMatchEulerDiscreteScheduler, tokens: int = 64**2) -> float:
+    """The timestep shift that a scheduler is configured for; of a dynamic one, that of an image of `tokens` tokens."""
+    c = scheduler.config
+    if not c.use_dynamic_shifting:
+        return float(c.shift)
+    mu = calculate_shift(tokens, c.base_image_seq_len, c.max_image_seq_len, c.base_shift, c.max_shift)
+    return math.exp(mu) if c.time_shift_type == "exponential" else mu
+
+
+def refuse_references(references: list[tuple[Tensor, Grid]], name: str) -> None:
+    """For networks that cannot take condition images.
+
+    Raises:
+        ValueError: there are some.
+    """
+    if references:
+        raise ValueError(
+            f"{name} takes no condition images; leave out `image`, or data.condition_column in a recipe "
+            "(FLUX.2 bases take them)"
+        )
 
 
 def autocast(tokens: Tensor, cond: Cond) -> torch.autocast:

@@ -116,6 +116,11 @@ def as_on_cuda() -> AbstractContextManager[Any]:
     return patch.multiple(F, layer_norm=wide_layer_norm, rms_norm=fused_rms_norm, dropout=fused_dropout)
 
 
+def full_length() -> AbstractContextManager[Any]:
+    """Prompts of as many tokens as their tensor has rows, since fake tensors have no values to look for zeros in."""
+    return patch.object(Cond, "lengths", lambda cond: [cond.embeds.shape[1]] * len(cond.embeds))
+
+
 def fake(module: nn.Module) -> nn.Module:
     """Change a module's tensors (on the meta device, say) into fake CPU ones; inside a FakeTensorMode."""
     return module._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
@@ -189,7 +194,7 @@ def rehearse_step(
     dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
     size, side, count = subspace.config["patch"], recipe.data.resolution, recipe.train.batch_size
     grid = (side // size, side // size)
-    with FakeTensorMode(allow_non_fake_inputs=True), as_on_cuda():
+    with FakeTensorMode(allow_non_fake_inputs=True), as_on_cuda(), full_length():
         for module in (network, base, subspace):
             fake(module)
         vgg = VggMap() if recipe.loss.perceptual == "lpips" else None
@@ -259,7 +264,7 @@ def rehearse_drawing(
     size = subspace.config["patch"]
     side = recipe.data.resolution // size
     mode = next(network.parameters()).fake_mode
-    with mode, as_on_cuda(), Meter([*network.parameters(), *subspace.buffers()]) as meter:
+    with mode, as_on_cuda(), full_length(), Meter([*network.parameters(), *subspace.buffers()]) as meter:
         x = torch.empty(count, side**2, 3 * size**2)
         cond = Cond(torch.empty(count, recipe.text.max_length, family.text_dim(network), dtype=dtype))
         model, sigma = PixelModel(network.eval(), subspace, family.predict), torch.empty(count, 1, 1)
