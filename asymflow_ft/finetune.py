@@ -1,6 +1,6 @@
 """Finetune a latent base into a pixel model.
 
-    accelerate launch asymflow_ft/finetune.py recipes/flux2_klein.yaml [key=value ...] [--dry-run]
+    accelerate launch asymflow_ft/finetune.py RECIPE.yaml [key=value ...] [--dry-run]
 
 or, in one process, `asymflow-ft finetune` with the same arguments.
 

@@ -95,6 +95,8 @@ def pixel_pipeline(tiny: Tiny, kind=None, transformer=None):
 
 def test_the_family_is_found(tiny):
     assert family_of(tiny.folder) is tiny.family
+    vae = tiny.parts.vae
+    assert (tiny.family.latent_dim(vae), tiny.family.pixel_patch(vae)) == tiny.family.GEOMETRY
 
 
 @torch.no_grad()

@@ -15,11 +15,19 @@ from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
 from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError, HTTPError  # of the HTTP library that this version uses
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    HTTPError,  # of the HTTP library that this version uses
+)
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from asymflow_ft.components.subspace import Cond, Grid
+
+
+class NoIndexError(ValueError):
+    """A folder or repository that holds no diffusers pipeline."""
 
 
 @contextmanager
@@ -41,11 +49,17 @@ def load_index(base: str, revision: str | None = None) -> dict[str, Any]:
     """model_index.json of a diffusers folder or Hub repository.
 
     Raises:
-        ValueError: there is no such folder or repository, or it is not a diffusers pipeline.
+        ValueError: there is no such folder or repository.
+        NoIndexError: it is not a diffusers pipeline.
     """
-    if Path(base).exists() and not (Path(base) / "model_index.json").is_file():
-        raise ValueError(f"{base} is not a diffusers pipeline folder: it has no model_index.json")
-    return load_json(base, "model_index.json", revision)
+    try:
+        return load_json(base, "model_index.json", revision)
+    except ValueError as error:
+        if isinstance(error.__cause__, FileNotFoundError | NotADirectoryError) and Path(base).exists():
+            raise NoIndexError(f"{base} is not a diffusers pipeline folder: it has no model_index.json") from error
+        if isinstance(error.__cause__, EntryNotFoundError):
+            raise NoIndexError(str(error)) from error
+        raise
 
 
 def load_json(base: str, name: str, revision: str | None = None) -> dict[str, Any]:

@@ -40,6 +40,7 @@ CHECKPOINTS = (
     ("black-forest-labs/FLUX.1-dev", "FLUX.1 dev non-commercial"),
     ("black-forest-labs/FLUX.1-Krea-dev", "FLUX.1 dev non-commercial"),
 )
+GEOMETRY = (64, 16)  # of these: the rank, and the side of the pixel patch of a token
 TRANSFORMER = FluxTransformer2DModel
 TEXT_PARTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
 DISTILLED_GUIDANCE = 3.5  # the stock pipeline's default

@@ -33,6 +33,7 @@ from asymflow_ft.method.patches import to_image, to_tokens
 
 PIPELINES = {"QwenImagePipeline": QwenImagePipeline}
 CHECKPOINTS = (("Qwen/Qwen-Image", "apache-2.0"), ("Qwen/Qwen-Image-2512", "apache-2.0"))
+GEOMETRY = (64, 16)  # of these: the rank, and the side of the pixel patch of a token
 TRANSFORMER = QwenImageTransformer2DModel
 TEXT_PARTS = ("text_encoder", "tokenizer")
 LATENT_PATCH = 2

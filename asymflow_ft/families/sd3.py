@@ -40,6 +40,7 @@ CHECKPOINTS = (
     ("stabilityai/stable-diffusion-3.5-large", "Stability AI Community"),
     ("stabilityai/stable-diffusion-3-medium-diffusers", "Stability AI Community"),
 )
+GEOMETRY = (64, 16)  # of these: the rank, and the side of the pixel patch of a token
 TRANSFORMER = SD3Transformer2DModel
 TEXT_PARTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
 OUTPUT_LAYER = "proj_out"

@@ -36,6 +36,7 @@ from asymflow_ft.method.patches import to_channel_first, to_channel_last, to_ima
 
 PIPELINES = {"ZImagePipeline": ZImagePipeline}
 CHECKPOINTS = (("Tongyi-MAI/Z-Image", "apache-2.0"), ("Tongyi-MAI/Z-Image-Turbo", "apache-2.0"))
+GEOMETRY = (64, 16)  # of these: the rank, and the side of the pixel patch of a token
 TRANSFORMER = ZImageTransformer2DModel
 TEXT_PARTS = ("text_encoder", "tokenizer")
 LATENT_PATCH = KL_PACK

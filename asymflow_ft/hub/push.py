@@ -165,7 +165,7 @@ def _check_name(repo: str) -> None:
     except HFValidationError:
         malformed = True
     if malformed:
-        raise ValueError(f"--repo {repo!r} is no repository name; write it as user/name, such as jane/klein-pixels")
+        raise ValueError(f"--repo {repo!r} is no repository name; write it as user/name, such as jane/pixels")
 
 
 def _files(folder: Path, form: str) -> tuple[dict[str, int], list[str]]:
