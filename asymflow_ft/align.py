@@ -19,7 +19,15 @@ from asymflow_ft.components.subspace import PixelSubspace, orthonormality_error
 from asymflow_ft.data.buckets import bucket_size, fit_image
 from asymflow_ft.data.decode import UnreadableImage
 from asymflow_ft.data.source import Images
-from asymflow_ft.method.align import Fit, Grams, explained_energy, patch_dct, procrustes
+from asymflow_ft.method.align import (
+    Fit,
+    Grams,
+    LinearShares,
+    explained_energy,
+    linear_shares,
+    patch_dct,
+    procrustes,
+)
 from asymflow_ft.method.asymflow import lift
 from asymflow_ft.method.patches import to_image, to_tokens
 from asymflow_ft.training.checkpoint import write_json
@@ -29,6 +37,9 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 EXAMPLES = 6
+# (latents from pixels, pixels from latents): what promises a conversion, and what speaks against it; docs/method.md
+PROMISING, HOPELESS = (0.10, 0.50), (0.05, 0.25)
+TOKENS_PER_VALUE = 4  # of a pixel patch; with fewer tokens the shares are mostly chance
 
 
 @dataclass(frozen=True)
@@ -53,6 +64,8 @@ class Report:
     explained_by_channel: dict[str, float]
     explained_by_frequency: dict[str, float]
     energy_by_frequency: dict[str, float]
+    linear_shares: dict[str, float] | None  # see LinearShares; None with too few tokens
+    verdict: str  # whether a conversion is promising, and why
     singular_values: list[float]
 
 
@@ -108,13 +121,15 @@ def align(
         raise ValueError(f"none of the {len(chosen)} images could be read, first: {unreadable[0]}")
 
     fit = procrustes(grams)
+    shares = linear_shares(grams) if grams.tokens >= TOKENS_PER_VALUE * len(grams.pixel) else None
     subspace = PixelSubspace.from_fit(fit.basis, fit.scale)
     shift = family.latent_shift(parts)
     report = Report(
         base=base, pixels=pixels_of(codec), images=len(chosen) - len(unreadable), unreadable=unreadable,
         tokens=int(grams.tokens), patch=patch, rank=rank, scale=fit.scale.item(),
         orthonormality_error=orthonormality_error(subspace.basis), latent_shift=shift,
-        pixel_shift=shift * fit.scale.item(), singular_values=fit.singular_values.tolist(),
+        pixel_shift=shift * fit.scale.item(), linear_shares=asdict(shares) if shares else None,
+        verdict=judge(shares), singular_values=fit.singular_values.tolist(),
         **_own_map(grams, codec), **_energy(grams, fit, patch, codec),
     )  # fmt: skip
     if state.is_main_process:
@@ -143,6 +158,18 @@ def check_aligned_for(folder: str | Path, codec: PixelCodec) -> None:
             f"the subspace {folder} was aligned with pixels {fitted}, and the recipe has {pixels_of(codec)}; "
             "align again into another align.path, or use the recipe keys that it was aligned with"
         )
+
+
+def judge(shares: LinearShares | None) -> str:
+    """Whether latents are close enough to pixels for a conversion, in one sentence."""
+    if shares is None:
+        return "unknown: too few images to tell how close the latents are to pixels"
+    found = (shares.latents_from_pixels, shares.pixels_from_latents)
+    if all(share >= enough for share, enough in zip(found, PROMISING, strict=True)):
+        return "promising: the latents are close to pixels, so training starts from pictures like the base's"
+    if any(share < least for share, least in zip(found, HOPELESS, strict=True)):
+        return "not promising: the latents are far from pixels, so training would start from nearly nothing"
+    return "uncertain: neither near nor far; look at the row 'rank-R lift' of report.png and try a short run"
 
 
 def _own_map(grams: Grams, codec: PixelCodec) -> dict[str, object]:
@@ -232,10 +259,22 @@ def _draw(file: Path, report: Report, rows: dict[str, list[Image.Image]]) -> Non
         axes_row[0].set_title(name, loc="left")
     figure.suptitle(
         f"{report.base}: s = {report.scale:.4f}, s A z explains {report.explained_total:.1%} of the energy of "
-        f"{report.images} images; pixel shift {report.pixel_shift:.2f} = s x {report.latent_shift:g}"
+        f"{report.images} images; pixel shift {report.pixel_shift:.2f} = s x {report.latent_shift:g}\n"
+        + _closeness(report)
     )
     figure.savefig(file, dpi=90)
     plt.close(figure)
+
+
+def _closeness(report: Report) -> str:
+    if report.linear_shares is None:
+        return report.verdict
+    shares = LinearShares(**report.linear_shares)
+    return (
+        f"linear maps explain {max(shares.latents_from_pixels, 0):.0%} of the latents by pixels and "
+        f"{max(shares.pixels_from_latents, 0):.0%} of the pixels by latents (any {report.rank} values: at most "
+        f"{shares.pixels_from_best:.0%})\n{report.verdict}"
+    )
 
 
 def describe(report: Report) -> str:
@@ -253,6 +292,6 @@ def describe(report: Report) -> str:
         f"{3 * report.patch**2} pixel values -> rank {report.rank}{lost}\n"
         f"scale s = {report.scale:.4f}, orthonormality error {report.orthonormality_error:.1e}\n"
         f"s A z explains {report.explained_total:.1%} of the pixel energy (by frequency in the patch: {bands})\n"
-        f"recommended pixel shift {report.pixel_shift:.2f} = s x the base's latent shift {report.latent_shift:g}"
-        + advice
+        f"recommended pixel shift {report.pixel_shift:.2f} = s x the base's latent shift {report.latent_shift:g}\n"
+        f"{_closeness(report)}{advice}"
     )

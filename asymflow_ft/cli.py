@@ -5,10 +5,11 @@ import sys
 from pathlib import Path
 
 EXAMPLES = """examples:
-  asymflow-ft align --recipe recipes/flux2_klein.yaml
-  asymflow-ft align --base black-forest-labs/FLUX.2-klein-base-4B --data my_images --out outputs/klein/subspace
+  asymflow-ft families
+  asymflow-ft align --recipe recipes/tiny/finetune.yaml
+  asymflow-ft align --base recipes/tiny/base --data my_images --resolution 128 --out outputs/subspace
   asymflow-ft cache --recipe recipes/tiny/finetune.yaml --verify
-  asymflow-ft finetune recipes/flux2_klein.yaml data.source=my_images --dry-run --card 24
+  asymflow-ft finetune recipes/tiny/finetune.yaml data.source=my_images --dry-run --card 24
   asymflow-ft finetune recipes/tiny/finetune.yaml train.steps=300
   asymflow-ft synthesize --base recipes/tiny/base --prompts recipes/tiny/data/prompts.txt --num 16 --out outputs/drawn
   asymflow-ft export outputs/tiny --form adapter --out outputs/tiny_adapter
@@ -38,6 +39,13 @@ def build_parser() -> argparse.ArgumentParser:
         description="Turn a pretrained latent flow transformer into a pixel-space AsymFlow text-to-image model.",
     )  # fmt: skip
     commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
+
+    command = commands.add_parser(
+        "families", help="list the bases that can be converted, or say whether one can",
+        description="List the families of bases with their latents, known bases and licences, and what is tested.",
+    )  # fmt: skip
+    command.add_argument("base", nargs="?", help="Hub id or folder to look at: its family, or why it has none")
+    command.add_argument("--revision", help="revision of the base on the Hub")
 
     command = commands.add_parser(
         "align", help="fit the pixel subspace of a base from images",

@@ -17,7 +17,7 @@ from asymflow_ft.data.decode import decode
 from asymflow_ft.data.source import open_sources
 from asymflow_ft.evaluation.pictures import contact_sheet
 from asymflow_ft.export import export_any, load_pixel_pipeline
-from asymflow_ft.families import family_of
+from asymflow_ft.families import describe_families, family_of
 from asymflow_ft.hub.forms import add_loras
 from asymflow_ft.hub.push import describe_plan, plan_push, push, refusal
 from asymflow_ft.recipe import Data, load_recipe
@@ -41,6 +41,15 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def run_families(args: argparse.Namespace) -> None:
+    if args.base is None:
+        print(describe_families())
+        return
+    family = family_of(args.base, args.revision)
+    family.load_parts(args.base, (), torch.float32, args.revision)  # raises for a distilled one
+    print(f"{args.base} can be converted\n\n{describe_families((family,))}")
 
 
 def run_align(args: argparse.Namespace) -> None:
@@ -180,6 +189,7 @@ def default_dtype() -> str:
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
+    "families": run_families,
     "align": run_align,
     "finetune": run_finetune,
     "cache": run_cache,

@@ -17,7 +17,7 @@ from torch import Tensor
 from asymflow_ft.components.color import PixelCodec
 from asymflow_ft.components.subspace import PixelSubspace, load_subspace
 from asymflow_ft.data.cache import content_key
-from asymflow_ft.families import family_of, pixel_pipeline_named
+from asymflow_ft.families import family_of, name_of, pixel_pipeline_named
 from asymflow_ft.hub.cards import card_licence, hub_commit
 from asymflow_ft.hub.forms import Converted, open_converted
 from asymflow_ft.hub.provenance import UNKNOWN, without_folders
@@ -256,8 +256,8 @@ def _provenance(result: Result, family: ModuleType, metrics: Mapping[str, Any] |
     recipe = result.recipe
     run = Path(recipe.output_dir)
     return {
-        **UNKNOWN, **_origin(run), "family": family.__name__.rpartition(".")[2],
-        "pipeline_class": result.pipeline_class, "base": recipe.base,
+        **UNKNOWN, **_origin(run), "family": name_of(family), "pipeline_class": result.pipeline_class,
+        "base": recipe.base,
         "init_from": recipe.init_from, "dtype": "bfloat16" if recipe.train.precision == "bf16" else "float32",
         "weights": result.weights, "step": result.step, "settings": dict(result.settings),
         "pixels": {"space": recipe.pixels.space, "mean": list(recipe.pixels.mean), "std": recipe.pixels.std},

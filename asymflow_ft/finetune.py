@@ -1,6 +1,6 @@
 """Finetune a latent base into a pixel model.
 
-    accelerate launch asymflow_ft/finetune.py recipes/flux2_klein.yaml [key=value ...] [--dry-run]
+    accelerate launch asymflow_ft/finetune.py RECIPE.yaml [key=value ...] [--dry-run]
 
 or, in one process, `asymflow-ft finetune` with the same arguments.
 
@@ -203,8 +203,8 @@ def finetune(recipe: Recipe) -> None:
         parameters.items(), train.ema_gamma, train.ema_start, None if train.ema_device == "same" else train.ema_device
     )
     pipeline = family.pixel_pipeline_class(parts)(
-        scheduler=flow_solver(), text_encoder=None, tokenizer=None, transformer=network, subspace=subspace,
-        codec=codec, **pipeline_settings(recipe, shift),
+        scheduler=flow_solver(), transformer=network, subspace=subspace, codec=codec,
+        **dict.fromkeys(family.TEXT_PARTS), **pipeline_settings(recipe, shift),
     )  # fmt: skip
     model = PixelModel(prepared, subspace, family.predict, pipeline.distilled_guidance)
     say(f"{sum(p.numel() for p in parameters.values()):,} trained parameters, timestep shift {shift:.2f}")

@@ -177,7 +177,7 @@ class Train:
 class Sample:
     """Validation grids and the saved pipeline's defaults. `prompts`: a text file, one prompt a line. `every`: steps
     between grids (0: only before and after training). `shift` null: as `noise.shift`. `guidance` null: 4, or 1 where
-    the base has distilled guidance (FLUX.2-dev), whose own pictures are always drawn with that alone."""
+    the network has distilled guidance as an input."""
 
     prompts: str
     every: int = 500

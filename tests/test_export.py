@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from importlib.metadata import version
 
 import pytest
@@ -99,6 +100,26 @@ def test_dtype_is_converted_once_and_said(written, tmp_path):
     assert read_provenance(tmp_path / "half")["dtype"] == "bfloat16"
     adapter = load_file(tmp_path / f"half/adapter/{WEIGHTS}")
     assert adapter["x_embedder.weight"].dtype == torch.float16
+
+
+def test_an_adapter_of_a_quantised_run_is_folded_into_the_weights_that_it_saw(tiny_base, tmp_path):
+    """The adapter's file alone tells which: that is in its metadata."""
+    model = converted_lora(tiny_base)
+    export(replace(model, provenance={**model.provenance, "recipe": {"train.base_weights": "nf4"}}), tmp_path / "a",
+           "adapter")  # fmt: skip
+    (tmp_path / "a/asymflow_ft.json").unlink()
+    state, _, _ = load_adapter(tmp_path / "a")
+    base = flux2.load_parts(tiny_base, ("transformer",), torch.float32).transformer
+    opened = open_converted(tmp_path / "a").with_dtype(torch.float32).transformer().state_dict()
+    same(opened, apply_adapter(flux2, base, state, base_weights="nf4").state_dict())
+    query = "transformer_blocks.0.attn.to_q.weight"  # not trained
+    assert not torch.equal(opened[query], base.state_dict()[query])
+
+
+def test_settings_are_those_that_stock_diffusers_would_read(written, tmp_path):
+    shutil.copytree(written / "pipeline", tmp_path / "pipeline")
+    edit(tmp_path / "pipeline/model_index.json", shift=3.5)
+    assert load_pixel_pipeline(tmp_path / "pipeline", torch.float32).config.shift == 3.5
 
 
 def test_values_too_large_for_the_released_precision_are_refused(tiny_base, tmp_path):

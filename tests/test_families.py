@@ -11,10 +11,12 @@ from types import ModuleType
 import pytest
 import torch
 import yaml
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
+from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
@@ -24,13 +26,14 @@ from asymflow_ft.components.pipelines import flow_solver
 from asymflow_ft.components.subspace import Cond, PixelModel, PixelSubspace
 from asymflow_ft.export import load_pixel_pipeline
 from asymflow_ft.families import family_named, family_of
+from asymflow_ft.families.base import scheduler_shift
 from asymflow_ft.hub.bundle import bundle
 from asymflow_ft.method.asymflow import calibrate
 from asymflow_ft.method.patches import to_image, to_tokens
 from asymflow_ft.training import trainable
 from asymflow_ft.training.encode import encode_texts, load_text_parts
 
-NAMES = ["flux2", "qwen_image", "z_image", "ernie_image"]
+NAMES = ["flux2", "flux1", "sd3", "qwen_image", "z_image", "ernie_image"]
 PROMPTS = ["red apple", "a rocket over the sea"]
 LENGTH = 16  # text tokens
 SIDE = 64  # pixels
@@ -92,6 +95,8 @@ def pixel_pipeline(tiny: Tiny, kind=None, transformer=None):
 
 def test_the_family_is_found(tiny):
     assert family_of(tiny.folder) is tiny.family
+    vae = tiny.parts.vae
+    assert (tiny.family.latent_dim(vae), tiny.family.pixel_patch(vae)) == tiny.family.GEOMETRY
 
 
 @torch.no_grad()
@@ -108,6 +113,29 @@ def test_the_lifted_network_is_the_base_on_the_subspace(tiny):
     torch.testing.assert_close(pixels @ subspace.basis, expected, rtol=0, atol=1e-12)
     torch.testing.assert_close(pixels, expected @ subspace.basis.mT, rtol=0, atol=1e-12)
     assert expected.abs().max() > 0.1 and (expected[0] - expected[1]).abs().max() > 1e-3
+
+
+class Wrapped(nn.Module):
+    """As DDP and others wrap a network: its config and submodules are not where they were."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *arguments, **named):
+        return self.module(*arguments, **named)
+
+
+@torch.no_grad()
+def test_the_network_can_be_wrapped_and_in_bf16(tiny):
+    base = type(tiny.parts.transformer).from_config(tiny.parts.transformer.config).to(torch.bfloat16).eval()
+    base.load_state_dict(tiny.parts.transformer.state_dict())
+    z, tau, cond = tiny.latents(2, seed=8), torch.tensor([0.3, 0.85]), Cond(tiny.texts().bfloat16(), tiny.guidance())
+    expected = tiny.family.predict(base, z, tau, cond, tiny.grid)
+    lifted, basis = tiny.family.lift(base, tiny.subspace), tiny.subspace.basis
+    pixels = tiny.family.predict(Wrapped(lifted), z @ basis.mT, tau, cond, tiny.grid)
+    assert pixels.dtype == expected.dtype == torch.float32
+    assert (pixels @ basis - expected).std() < 0.03 * expected.std()
 
 
 @torch.no_grad()
@@ -177,10 +205,10 @@ def test_guidance_is_counted_alike(tiny, monkeypatch):
         tiny.family.predict(tiny.parts.transformer, z, torch.ones(1), Cond(rows, tiny.guidance()), grid)
         for rows in (embeds, empty[None])
     )
-    expected = v if tiny.guidance() is not None else uncond + 3 * (v - uncond)
+    expected = uncond + 3 * (v - uncond)
     torch.testing.assert_close(plain, v, rtol=0, atol=1e-4)
     torch.testing.assert_close(F.normalize(guided, dim=-1), F.normalize(expected, dim=-1), rtol=0, atol=1e-4)
-    assert (F.normalize(v, dim=-1) - F.normalize(uncond + 3 * (v - uncond), dim=-1)).abs().max() > 0.01
+    assert (F.normalize(v, dim=-1) - F.normalize(expected, dim=-1)).abs().max() > 0.01
 
 
 @torch.no_grad()
@@ -195,13 +223,16 @@ def test_prompts_are_encoded_as_by_the_stock_pipeline(tiny):
 
 
 def test_bfloat16_is_near_float32(tiny):
-    """Frozen weights and text in bfloat16, trained weights in float32, tokens and tau in float32 in and out."""
-    grid, x, tau = tiny.grid, tiny.latents(2, seed=9) @ tiny.subspace.basis.mT, torch.tensor([0.4, 0.9])
+    """Frozen weights and text in bfloat16, trained weights in float32, tokens and tau in float32 in and out; times are
+    not rounded, which would make 1000 of 998.3."""
+    grid, x, tau = tiny.grid, tiny.latents(2, seed=9) @ tiny.subspace.basis.mT, torch.tensor([0.4013, 0.9983])
     outputs = []
+    # a guidance value that a network's own rounding of 1000 x it to bfloat16 leaves alone
+    guidance = None if tiny.guidance() is None else 4.096
     for dtype in (torch.float32, torch.bfloat16):
         network = tiny.family.lift(copy.deepcopy(tiny.parts.transformer).to(dtype), tiny.subspace)
         trainable.attach_lora(network, tiny.family.lora_targets(network), tiny.family.TRAINED_ENDS, 2, 0.0)
-        outputs.append(tiny.family.predict(network, x, tau, Cond(tiny.texts().to(dtype), tiny.guidance()), grid))
+        outputs.append(tiny.family.predict(network, x, tau, Cond(tiny.texts().to(dtype), guidance), grid))
         outputs[-1].square().mean().backward()
         assert all(parameter.grad.isfinite().all() for parameter in trainable.trained_parameters(network).values())
     assert outputs[1].dtype == torch.float32
@@ -316,3 +347,29 @@ def test_align_finetune_sample_export(tiny, tmp_path, tiny_data):
     generator = torch.Generator().manual_seed(0)
     images = stock(PROMPTS, num_inference_steps=2, generator=generator, output_type="pt").images
     assert torch.equal(images, drawn[0])
+
+
+@pytest.mark.parametrize("name", ["qwen_image", "z_image"])
+def test_condition_images_are_refused(name):
+    tokens = torch.zeros(1, 1, 768)
+    with pytest.raises(ValueError, match="takes no condition images"):
+        family_named(name).predict(None, tokens, torch.ones(1), Cond(tokens), (1, 1), [(tokens, (1, 1))])
+
+
+def test_turbo_loads_with_a_warning(tmp_path):
+    folder = tmp_path / "Z-Image-Turbo"
+    import_module("tests.tiny.z_image").build(folder)
+    with pytest.warns(UserWarning, match="step-distilled"):
+        parts = family_named("z_image").load_parts(str(folder), ("scheduler",), torch.float32)
+    assert family_named("z_image").latent_shift(parts) == 6.0
+
+
+@pytest.mark.parametrize("kind", ["exponential", "linear"])
+def test_the_shift_of_a_dynamic_scheduler(kind):
+    """What the scheduler does to a level of 0.5 at 1024x1024."""
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, time_shift_type=kind
+    )
+    scheduler.set_timesteps(sigmas=[0.5], mu=calculate_shift(4096, 256, 8192, 0.5, 0.9))
+    shift = scheduler_shift(scheduler)
+    assert scheduler.sigmas[0].item() == pytest.approx(shift / (1 + shift))

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from asymflow_ft import cli, finetune
 from asymflow_ft.export import load_pixel_pipeline
+from asymflow_ft.families import flux2
 from asymflow_ft.training.checkpoint import list_checkpoints, verify_checkpoint
 from asymflow_ft.training.ema import PowerEma
 from tests.conftest import REPOSITORY
@@ -68,6 +69,26 @@ def test_align_report(subspace, capsys):
     assert Image.open(subspace / "report.png").size[0] > 500
     again = ["align", "--recipe", RECIPE, "--out", str(subspace)]
     assert cli.main(again) == 1 and "already holds a subspace" in capsys.readouterr().err
+
+
+def test_align_judges_how_close_latents_are_to_pixels(subspace, tmp_path, monkeypatch, capsys):
+    assert json.loads((subspace / "report.json").read_text())["linear_shares"] is None  # of 2,560 tokens
+    encode, order = flux2.encode_latents, torch.randperm(64, generator=torch.Generator().manual_seed(0))
+    controls = {
+        "the VAE's": encode,
+        "of other places": lambda *arguments: encode(*arguments)[:, order],
+        "noise": lambda *arguments: torch.randn(encode(*arguments).shape),
+    }
+    shares = {}
+    for name, latents in controls.items():
+        monkeypatch.setattr(flux2, "encode_latents", latents)
+        assert cli.main(["align", "--recipe", RECIPE, "--out", str(tmp_path / name), "--num-images", "96"]) == 0
+        report = json.loads((tmp_path / name / "report.json").read_text())
+        assert report["verdict"].startswith("promising" if latents is encode else "not promising")
+        assert report["verdict"] in capsys.readouterr().out
+        shares[name] = report["linear_shares"]
+    assert shares["the VAE's"]["latents_from_pixels"] > 0.75 and shares["the VAE's"]["pixels_from_latents"] > 0.8
+    assert abs(shares["noise"]["latents_from_pixels"]) < 0.01 and abs(shares["noise"]["pixels_from_latents"]) < 0.01
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])

@@ -23,7 +23,7 @@ from asymflow_ft.method.patches import to_tokens
 from asymflow_ft.recipe import load_recipe
 from asymflow_ft.training.checkpoint import list_checkpoints
 from asymflow_ft.training.objective import draw_noise, training_terms
-from asymflow_ft.training.student import open_start
+from asymflow_ft.training.student import open_start, start_key
 from tests.conftest import REPOSITORY
 from tests.converted import as_converted, converted_lora
 from tests.hub_server import Hub, Repo, files_of
@@ -96,7 +96,7 @@ def test_a_report_that_lies_in_the_working_directory_is_not_the_runs(start, tmp_
     assert cli.main(["export", out.name, "--form", "lora", "--out", "again"]) == 0
 
 
-def test_checkpoints_are_exported_with_either_weights(start, tmp_path):
+def test_checkpoints_are_exported_with_either_weights(start, tmp_path, capsys):
     out = tmp_path / "run"
     assert run(out, start / "adapter", "lora={rank: 3}", "train.steps=3", "train.keep_checkpoints=3") == 0
     checkpoints = list_checkpoints(out / "checkpoints")
@@ -117,6 +117,18 @@ def test_checkpoints_are_exported_with_either_weights(start, tmp_path):
     assert not torch.equal(plain["proj_out.weight"], newest["proj_out.weight"])
     earlier, stated = exported(checkpoints[0])
     assert stated["step"] == 1 and not torch.equal(earlier["proj_out.weight"], newest["proj_out.weight"])
+
+    def refused(source):
+        assert cli.main(["export", str(source), "--form", "adapter", "--out", str(tmp_path / "none")]) == 1
+        return capsys.readouterr().err
+
+    with open(checkpoints[0] / "trained.safetensors", "r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x55")
+    assert "choose another checkpoint" in refused(checkpoints[0])
+    material = out / "logs/material.json"
+    material.write_text(json.dumps(json.loads(material.read_text()) | {"subspace": "other"}))
+    assert "is not the one that" in refused(out)
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +154,8 @@ def test_a_style_is_the_blocks_adapters_alone(styles, start):
         stated = read_provenance(folder)
         assert stated["form"] == "lora" and stated["init_from"] == str(start / "pipeline")
         assert {f"torch.{stated['dtype']}"} == {str(tensor.dtype) for tensor in state.values()}
+    (earlier,) = (styles / "style_0").glob("lora.before-*")  # of the first of its two runs
+    assert read_provenance(earlier)["step"] == 1 and read_provenance(styles / "style_0/lora")["step"] == 3
     assert not (styles / "style_0/pipeline").exists() and not (styles / "style_0/samples/base").exists()
     assert not list((styles / "cache").glob("latents/*.safetensors"))  # plain flow matching needs none
 
@@ -191,6 +205,10 @@ def test_sample_takes_styles(styles, start, tmp_path, capsys):
     for wrong, message in ((f"{style}=much", "could not convert"), (str(tmp_path / "none"), "there is no file")):
         assert cli.main([*base, "--lora", wrong, "--out", str(tmp_path / "b")]) == 1
         assert message in capsys.readouterr().err
+    model = ["--pipeline", str(styles / "style_0"), "--out", str(tmp_path / "b")]
+    assert (
+        cli.main(["sample", "--prompt", "x", *model]) == 1 and "trains a style LoRA; give" in capsys.readouterr().err
+    )
     exported = ["export", str(styles / "style_0"), "--out", str(tmp_path / "c"), "--form"]
     assert cli.main([*exported, "merged"]) == 1 and "choose --form lora" in capsys.readouterr().err
     assert cli.main([*exported, "lora", "--dtype", "bfloat16"]) == 1 and "always float32" in capsys.readouterr().err
@@ -232,6 +250,20 @@ def test_a_run_does_not_go_on_from_another_start(styles, start, tiny_base, tmp_p
     export(other, tmp_path / "adapter", "adapter")
     assert run(out, tmp_path / "adapter", *STYLE, "train.steps=2") == 1
     assert "began with other init_from" in capsys.readouterr().err
+
+
+def test_a_start_is_known_by_its_weights_and_not_by_where_they_lie(start, tiny_base, tmp_path):
+    """A spot machine fetches the same model again, with other times and under another path."""
+    whole = as_converted(load_pixel_pipeline(start / "adapter", torch.float32), tiny_base)
+    export(whole, tmp_path / "whole", "merged", shard_size="1MB")
+    whole.trained["norm_out.linear.weight"][0, 0] += 1
+    export(whole, tmp_path / "trained on", "merged")
+    keys = [start_key(open_converted(start / "pipeline")), start_key(open_converted(tmp_path / "whole"))]
+    for source, key in zip((start / "pipeline", tmp_path / "whole"), keys, strict=True):
+        shutil.copytree(source, tmp_path / f"copy of {source.name}", copy_function=shutil.copyfile)
+        assert start_key(open_converted(tmp_path / f"copy of {source.name}")) == key
+    assert start_key(open_converted(start / "adapter")) == keys[0]
+    assert start_key(open_converted(tmp_path / "trained on")) != keys[1]
 
 
 @pytest.mark.parametrize(

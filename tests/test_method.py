@@ -93,6 +93,51 @@ def test_procrustes_finds_a_planted_subspace_from_split_sums(case):
     assert left.abs().max() < 1e-12
 
 
+@pytest.fixture
+def pixels():
+    """20,000 correlated pixel tokens of 48 values about a mean that is not 0."""
+    g = torch.Generator().manual_seed(1)
+    mix = torch.randn(48, 48, generator=g, dtype=torch.float64)
+    return torch.randn(20_000, 48, generator=g, dtype=torch.float64) @ mix + torch.arange(48.0)
+
+
+def shares(z, x):
+    grams = align.Grams.zeros(x.shape[1], z.shape[1])
+    grams.update(z, x)
+    return align.linear_shares(grams)
+
+
+def test_turned_pixels_are_as_close_to_pixels_as_latents_can_be(pixels):
+    turn = torch.linalg.qr(torch.randn(48, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(2))).Q
+    whole = shares(pixels @ turn, pixels)
+    assert whole.latents_from_pixels == pytest.approx(1, abs=1e-10)
+    assert whole.pixels_from_latents == pytest.approx(1, abs=1e-10) and whole.pixels_from_best == pytest.approx(1)
+    part = shares(pixels @ turn[:, :8], pixels)
+    assert part.latents_from_pixels == pytest.approx(1, abs=1e-10)
+    assert part.pixels_from_latents < part.pixels_from_best < 1
+    best = shares(pixels @ torch.linalg.eigh(torch.cov(pixels.mT)).eigenvectors[:, -8:], pixels)
+    assert best.pixels_from_latents == pytest.approx(best.pixels_from_best, abs=1e-3)  # less what is chance
+
+
+def test_latents_that_know_nothing_of_pixels_explain_nothing(pixels):
+    noise = torch.randn(20_000, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    found = shares(noise, pixels)
+    assert abs(found.latents_from_pixels) < 1e-3 and abs(found.pixels_from_latents) < 1e-3
+    half = shares(pixels[:, :8] / pixels[:, :8].std(0) + noise, pixels)
+    assert half.latents_from_pixels == pytest.approx(0.5, abs=0.01)
+    with pytest.raises(ValueError, match="too few"):
+        shares(noise[:49], pixels[:49])
+
+
+def test_closeness_to_pixels_does_not_depend_on_how_latents_are_written(pixels):
+    g = torch.Generator().manual_seed(4)
+    z = torch.tanh(pixels[:, :8] / 5) + torch.randn(20_000, 8, dtype=torch.float64, generator=g)
+    turned = z @ torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64, generator=g)).Q * 3 - 7
+    one, other = shares(z, pixels), shares(turned, pixels / 0.16 + 2)
+    assert 0.1 < one.latents_from_pixels < 0.9 and 0.01 < one.pixels_from_latents < 0.9
+    assert vars(other) == pytest.approx(vars(one), abs=1e-9)
+
+
 def test_sums_rescale_to_another_pixel_map(case):
     x0, _, z, *_ = case
     mean, std = torch.linspace(-1, 1, 48, dtype=x0.dtype), 0.3

@@ -23,7 +23,7 @@ from asymflow_ft.method.sampling import denoise, prepare_solver
 
 NEGATIVE_PROMPT = "Low quality, worst quality, blurry, deformed, bad anatomy, unclear text"
 CFG_SCALE = 4.0
-# of condition images, as in diffusers' Flux2ImageProcessor
+# of condition images, as diffusers' pipelines that take them have it
 MIN_CONDITION_SIDE, MAX_CONDITION_ASPECT, MAX_CONDITION_PIXELS = 64, 8, 1024**2
 
 

@@ -4,7 +4,7 @@ import hashlib
 import importlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -15,11 +15,19 @@ from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
 from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError, HTTPError  # of the HTTP library that this version uses
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    HTTPError,  # of the HTTP library that this version uses
+)
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from asymflow_ft.components.subspace import Cond, Grid
+
+
+class NoIndexError(ValueError):
+    """A folder or repository that holds no diffusers pipeline."""
 
 
 @contextmanager
@@ -41,11 +49,17 @@ def load_index(base: str, revision: str | None = None) -> dict[str, Any]:
     """model_index.json of a diffusers folder or Hub repository.
 
     Raises:
-        ValueError: there is no such folder or repository, or it is not a diffusers pipeline.
+        ValueError: there is no such folder or repository.
+        NoIndexError: it is not a diffusers pipeline.
     """
-    if Path(base).exists() and not (Path(base) / "model_index.json").is_file():
-        raise ValueError(f"{base} is not a diffusers pipeline folder: it has no model_index.json")
-    return load_json(base, "model_index.json", revision)
+    try:
+        return load_json(base, "model_index.json", revision)
+    except ValueError as error:
+        if isinstance(error.__cause__, FileNotFoundError | NotADirectoryError) and Path(base).exists():
+            raise NoIndexError(f"{base} is not a diffusers pipeline folder: it has no model_index.json") from error
+        if isinstance(error.__cause__, EntryNotFoundError):
+            raise NoIndexError(str(error)) from error
+        raise
 
 
 def load_json(base: str, name: str, revision: str | None = None) -> dict[str, Any]:
@@ -148,24 +162,22 @@ def scheduler_shift(scheduler: FlowMatchEulerDiscreteScheduler, tokens: int = 64
     return math.exp(mu) if c.time_shift_type == "exponential" else mu
 
 
-def refuse_references(references: list[tuple[Tensor, Grid]], name: str) -> None:
-    """For networks that cannot take condition images.
-
-    Raises:
-        ValueError: there are some.
-    """
-    if references:
-        raise ValueError(
-            f"{name} takes no condition images; leave out `image`, or data.condition_column in a recipe "
-            "(FLUX.2 bases take them)"
-        )
-
-
 def autocast(tokens: Tensor, cond: Cond) -> torch.autocast:
     """Around a network call, in the precision of the text embeddings. Not a cast: tau stays float32 (near 1, bf16 has
     steps of 0.004), and the trained end layers may be float32."""
     width = cond.embeds.dtype
     return torch.autocast(tokens.device.type, dtype=width, enabled=width in (torch.bfloat16, torch.float16))
+
+
+@contextmanager
+def exact_time(embedder: nn.Module, time: Tensor) -> Iterator[None]:
+    """Inside, a network's time embedder is given `time` (B,), whatever the network's forward made of it: some round it
+    to the precision of their activations, which in bf16 is a step of 4 between 512 and 1024."""
+    hook = embedder.register_forward_pre_hook(lambda module, arguments: (time, *arguments[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def build_lifted(transformer: ModelMixin, changes: dict[str, Any], state: dict[str, Tensor]) -> ModelMixin:
@@ -175,3 +187,33 @@ def build_lifted(transformer: ModelMixin, changes: dict[str, Any], state: dict[s
         lifted = type(transformer).from_config(config | changes)
     lifted.load_state_dict(state, assign=True)
     return lifted.eval()
+
+
+def inner(transformer: nn.Module, kind: type[ModelMixin]) -> ModelMixin:
+    """The diffusers model inside what DDP, DeepSpeed or torch.compile made of it."""
+    return next(module for module in transformer.modules() if isinstance(module, kind))
+
+
+def refuse_references(references: Sequence[tuple[Tensor, Grid]]) -> None:
+    """For a family without condition images.
+
+    Raises:
+        ValueError: there are some.
+    """
+    if references:
+        raise ValueError(
+            "this base takes no condition images: leave out `image` when drawing and data.condition_column when "
+            "training, or use a base that takes them, such as black-forest-labs/FLUX.2-klein-base-4B"
+        )
+
+
+def join_pooled(pooled: Tensor, rows: Tensor) -> Tensor:
+    """A pooled embedding (B, P), P <= E, filled up with zeros, in front of text embeddings (B, L, E)."""
+    first = rows.new_zeros(len(rows), 1, rows.shape[2])
+    first[:, 0, : pooled.shape[1]] = pooled
+    return torch.cat([first, rows], dim=1)
+
+
+def split_pooled(embeds: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """The inverse of `join_pooled`: (B, P) and (B, L, E), for the width P of the pooled embedding."""
+    return embeds[:, 0, :width], embeds[:, 1:]

@@ -32,6 +32,7 @@ from asymflow_ft.method.patches import to_image, to_tokens
 
 PIPELINES = {"ErnieImagePipeline": ErnieImagePipeline}
 CHECKPOINTS = (("baidu/ERNIE-Image", "see its card"),)
+GEOMETRY = (128, 16)  # of these: the rank, and the side of the pixel patch of a token
 TRANSFORMER = ErnieImageTransformer2DModel
 TEXT_PARTS = ("text_encoder", "tokenizer")
 WHITENING_EPS = 1e-5  # the stock pipeline's own, not the VAE config's
@@ -129,7 +130,7 @@ def predict(
     Raises:
         ValueError: references are given.
     """
-    refuse_references(references, "ERNIE-Image")
+    refuse_references(references)
     lengths = torch.tensor(cond.lengths(), device=tokens.device)
     with autocast(tokens, cond):
         out = transformer(

@@ -26,6 +26,12 @@ from asymflow_ft.families.vae import decode_whitened, encode_whitened, whitened_
 from asymflow_ft.method.asymflow import lift_weights
 
 PIPELINES = {"Flux2KleinPipeline": Flux2KleinPipeline, "Flux2Pipeline": Flux2Pipeline}
+CHECKPOINTS = (
+    ("black-forest-labs/FLUX.2-klein-base-4B", "apache-2.0"),
+    ("black-forest-labs/FLUX.2-klein-base-9B", "flux-non-commercial-license"),
+    ("black-forest-labs/FLUX.2-dev", "flux-non-commercial-license"),
+)
+GEOMETRY = (128, 16)  # of these: the rank, and the side of the pixel patch of a token
 TRANSFORMER = Flux2Transformer2DModel
 TEXT_PARTS = ("text_encoder", "tokenizer")
 LATENT_SHIFT = 7.0  # FLUX.2's native shift at 1024x1024 (paper, latent baseline); its scheduler computes one per size

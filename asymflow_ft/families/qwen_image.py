@@ -21,6 +21,8 @@ from asymflow_ft.components.subspace import Cond, Grid, PixelSubspace
 from asymflow_ft.families.base import (
     autocast,
     build_lifted,
+    exact_time,
+    inner,
     refuse_references,
     run_stock,
     scheduler_shift,
@@ -31,6 +33,7 @@ from asymflow_ft.method.patches import to_image, to_tokens
 
 PIPELINES = {"QwenImagePipeline": QwenImagePipeline}
 CHECKPOINTS = (("Qwen/Qwen-Image", "apache-2.0"), ("Qwen/Qwen-Image-2512", "apache-2.0"))
+GEOMETRY = (64, 16)  # of these: the rank, and the side of the pixel patch of a token
 TRANSFORMER = QwenImageTransformer2DModel
 TEXT_PARTS = ("text_encoder", "tokenizer")
 LATENT_PATCH = 2
@@ -120,14 +123,6 @@ def text_dim(transformer: QwenImageTransformer2DModel) -> int:
     return transformer.config.joint_attention_dim
 
 
-def _mask(lengths: list[int], device: torch.device) -> Tensor | None:
-    """Which rows of text are none of padding, (B, L); None where all are, as in the stock pipeline."""
-    if len(set(lengths)) == 1:
-        return None
-    rows = torch.arange(max(lengths), device=device)
-    return rows < torch.tensor(lengths, device=device)[:, None]
-
-
 def predict(
     transformer: nn.Module,
     tokens: Tensor,
@@ -147,13 +142,15 @@ def predict(
     Raises:
         ValueError: references are given.
     """
-    refuse_references(references, "Qwen-Image")
+    refuse_references(references)
     lengths = cond.lengths()
-    with autocast(tokens, cond):
+    embeds = cond.embeds[:, : max(lengths)]
+    mask = None if min(lengths) == max(lengths) else embeds.any(dim=-1)  # None as in the stock pipeline
+    network = inner(transformer, QwenImageTransformer2DModel)
+    with autocast(tokens, cond), exact_time(network.time_text_embed, tau):
         out = transformer(
-            hidden_states=tokens, timestep=tau, encoder_hidden_states=cond.embeds[:, : max(lengths)],
-            encoder_hidden_states_mask=_mask(lengths, tokens.device), img_shapes=[[(1, *grid)]] * len(tokens),
-            return_dict=False,
+            hidden_states=tokens, timestep=tau, encoder_hidden_states=embeds, encoder_hidden_states_mask=mask,
+            img_shapes=[[(1, *grid)]] * len(tokens), return_dict=False,
         )[0]  # fmt: skip
     return out.to(tokens.dtype)
 
@@ -166,9 +163,8 @@ def draw_base(
 
     Args:
         noise: latent tokens as an image (B, R, rows, columns), N(0, 1). embeds: (B, L, E). empty: embedding of "",
-            (L, E). size: (height, width) in pixels. guidance: classifier-free guidance scale, None for the pixel
-            pipeline's default. output_type: "latent" decodes no pictures. on_step: called with the index of every
-            step that is done.
+            (L, E). size: (height, width) in pixels. guidance: scale, None for the pixel pipeline's default.
+        output_type: "latent" decodes no pictures. on_step: called with the index of every step that is done.
     """
     scale = CFG_SCALE if guidance is None else guidance
     unconditional = {}

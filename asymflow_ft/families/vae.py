@@ -1,12 +1,14 @@
 """Latent tokens of VAEs that several families share; a family says which it has."""
 
 import torch
-from diffusers import AutoencoderKLFlux2
+from diffusers import AutoencoderKL, AutoencoderKLFlux2
 from torch import Tensor
 from torch.nn import functional as F
 
 from asymflow_ft.components.subspace import Grid
 from asymflow_ft.method.patches import to_image, to_tokens
+
+KL_PACK = 2  # side of the square of AutoencoderKL's latents that is one token
 
 
 def whitened_patch(vae: AutoencoderKLFlux2) -> int:
@@ -40,3 +42,31 @@ def decode_whitened(vae: AutoencoderKLFlux2, z: Tensor, grid: Grid, eps: float) 
     mean, std = _whitening(vae, packed, eps)
     latents = F.pixel_shuffle(packed * std + mean, vae.config.patch_size[0])
     return vae.decode(latents.to(vae.dtype)).sample.float().clamp(-1, 1)
+
+
+def kl_pixel_patch(vae: AutoencoderKL) -> int:
+    """Side in pixels of the image patch that one token of 2x2 latents stands for."""
+    return 2 ** (len(vae.config.block_out_channels) - 1) * KL_PACK
+
+
+def kl_latent_dim(vae: AutoencoderKL) -> int:
+    """Values of one token of 2x2 latents, the rank R of the subspace."""
+    return vae.config.latent_channels * KL_PACK**2
+
+
+def kl_encode_latents(vae: AutoencoderKL, rgb: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """RGB in [-1, 1], (B, 3, H, W) -> normalised float32 latent tokens (B, N, R) of 2x2 latents: the posterior's mode,
+    or with a generator a sample of it."""
+    posterior = vae.encode(rgb.to(vae.device, vae.dtype)).latent_dist
+    z = (posterior.mode() if generator is None else posterior.sample(generator)).float()
+    return to_tokens((z - vae.config.shift_factor) * vae.config.scaling_factor, KL_PACK)
+
+
+def kl_decode_latents(vae: AutoencoderKL, z: Tensor, grid: Grid) -> Tensor:
+    """Latent tokens (B, N, R) of 2x2 latents -> RGB in [-1, 1], float32; `grid` is (rows, columns) of tokens."""
+    latents = to_image(z.to(vae.device), grid, KL_PACK) / vae.config.scaling_factor + vae.config.shift_factor
+    return vae.decode(latents.to(vae.dtype)).sample.float().clamp(-1, 1)
+
+
+# pixel_patch, latent_dim, encode_latents and decode_latents of a family with such latents
+KL_LATENTS = (kl_pixel_patch, kl_latent_dim, kl_encode_latents, kl_decode_latents)

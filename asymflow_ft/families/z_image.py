@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, ModelMixin, ZImagePipeline, ZImageTransformer2DModel
+from diffusers import ModelMixin, ZImagePipeline, ZImageTransformer2DModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.pipelines.z_image.pipeline_output import ZImagePipelineOutput
 from diffusers.schedulers import UniPCMultistepScheduler
@@ -30,14 +30,16 @@ from asymflow_ft.families.base import (
     scheduler_shift,
     stock_parts,
 )
+from asymflow_ft.families.vae import KL_LATENTS, KL_PACK
 from asymflow_ft.method.asymflow import lift_weights
 from asymflow_ft.method.patches import to_channel_first, to_channel_last, to_image, to_tokens
 
 PIPELINES = {"ZImagePipeline": ZImagePipeline}
 CHECKPOINTS = (("Tongyi-MAI/Z-Image", "apache-2.0"), ("Tongyi-MAI/Z-Image-Turbo", "apache-2.0"))
+GEOMETRY = (64, 16)  # of these: the rank, and the side of the pixel patch of a token
 TRANSFORMER = ZImageTransformer2DModel
 TEXT_PARTS = ("text_encoder", "tokenizer")
-LATENT_PATCH = 2
+LATENT_PATCH = KL_PACK
 PIXEL_PATCH = 16  # the lifted end layers carry it in their names
 OUTPUT_LAYER = f"all_final_layer.{PIXEL_PATCH}-1.linear"
 TRAINED_ENDS = (
@@ -59,7 +61,7 @@ def load_parts(
     Raises:
         ValueError: not a Z-Image pipeline, or files that cannot be fetched or read.
     """
-    if re.search(r"Z-Image-Turbo", str(base), re.IGNORECASE):
+    if re.search("z.image.turbo", str(base), re.IGNORECASE):
         warnings.warn(
             f"{base} is step-distilled: finetuning it with flow matching wears off its 8-step drawing, and its "
             "pictures take guidance 1 (sample.guidance=1). Tongyi-MAI/Z-Image is the undistilled base",
@@ -74,10 +76,8 @@ def shorten_text_encoder(pipeline: DiffusionPipeline) -> None:
 
 def embed(pipeline: DiffusionPipeline, prompts: list[str], max_length: int) -> Tensor:
     """Text embeddings (B, L, E), padded with rows of zeros."""
-    # a copy, because encode_prompt writes its chat template into the list
-    embeds, _ = pipeline.encode_prompt(
-        list(prompts), do_classifier_free_guidance=False, max_sequence_length=max_length
-    )
+    prompts = list(prompts)  # a copy, because encode_prompt writes its chat template into the list
+    embeds, _ = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=max_length)
     return pad_sequence(embeds, batch_first=True)
 
 
@@ -86,28 +86,7 @@ def latent_shift(pipeline: DiffusionPipeline) -> float:
     return scheduler_shift(pipeline.scheduler)
 
 
-def pixel_patch(vae: AutoencoderKL) -> int:
-    """Side in pixels of the image patch that one latent token stands for."""
-    return 2 ** (len(vae.config.block_out_channels) - 1) * LATENT_PATCH
-
-
-def latent_dim(vae: AutoencoderKL) -> int:
-    """Values of one latent token, the rank R of the subspace."""
-    return vae.config.latent_channels * LATENT_PATCH**2
-
-
-def encode_latents(vae: AutoencoderKL, rgb: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """RGB in [-1, 1], (B, 3, H, W) -> normalised float32 latent tokens (B, N, 64): the posterior's mode, or with a
-    generator a sample of it."""
-    posterior = vae.encode(rgb.to(vae.device, vae.dtype)).latent_dist
-    z = (posterior.mode() if generator is None else posterior.sample(generator)).float()
-    return to_tokens((z - vae.config.shift_factor) * vae.config.scaling_factor, LATENT_PATCH)
-
-
-def decode_latents(vae: AutoencoderKL, z: Tensor, grid: Grid) -> Tensor:
-    """Latent tokens (B, N, 64) -> RGB in [-1, 1], float32; `grid` is (rows, columns) of tokens."""
-    latents = to_image(z.to(vae.device), grid, LATENT_PATCH) / vae.config.scaling_factor + vae.config.shift_factor
-    return vae.decode(latents.to(vae.dtype)).sample.float().clamp(-1, 1)
+pixel_patch, latent_dim, encode_latents, decode_latents = KL_LATENTS
 
 
 def lift(transformer: ZImageTransformer2DModel, subspace: PixelSubspace) -> ZImageTransformer2DModel:
@@ -152,9 +131,8 @@ def predict(
     Raises:
         ValueError: references are given.
     """
-    refuse_references(references, "Z-Image")
-    width = tokens.shape[-1]
-    patch = PIXEL_PATCH if width == 3 * PIXEL_PATCH**2 else LATENT_PATCH
+    refuse_references(references)
+    patch = PIXEL_PATCH if tokens.shape[-1] == 3 * PIXEL_PATCH**2 else LATENT_PATCH
     images = to_image(tokens, grid, patch).unsqueeze(2)  # one frame each
     texts = [embeds[:length] for embeds, length in zip(cond.embeds, cond.lengths(), strict=True)]
     with autocast(tokens, cond):
@@ -170,9 +148,8 @@ def draw_base(
 
     Args:
         noise: latent tokens as an image (B, R, rows, columns), N(0, 1). embeds: (B, L, E). empty: embedding of "",
-            (L, E). size: (height, width) in pixels. guidance: classifier-free guidance scale, None for the pixel
-            pipeline's default. output_type: "latent" decodes no pictures. on_step: called with the index of every
-            step that is done.
+            (L, E). size: (height, width) in pixels. guidance: scale, None for the pixel pipeline's default.
+        output_type: "latent" decodes no pictures. on_step: called with the index of every step that is done.
     """
     scale = CFG_SCALE if guidance is None else guidance
     prompts = [rows[:length] for rows, length in zip(embeds, Cond(embeds).lengths(), strict=True)]

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from asymflow_ft.components.color import PixelCodec
 from asymflow_ft.components.pipelines import flow_solver
 from asymflow_ft.components.subspace import PixelSubspace
-from asymflow_ft.families import family_named, family_of, pixel_pipeline_named
+from asymflow_ft.families import family_named, family_of, name_of, pixel_pipeline_named
 from asymflow_ft.families.base import load_index, opening
 from asymflow_ft.hub.official import BUFFERS, WEIGHTS, adapter_subspace, apply_adapter, load_adapter, trained_tensors
 from asymflow_ft.hub.provenance import FILE, UNKNOWN, read_provenance
@@ -232,7 +232,7 @@ def _open_adapter(path: Path, base: str | None, revision: str | None) -> Convert
         raise ValueError(f"{path} is a {config['_class_name']}, and its base needs a {family.ADAPTER_CLASS}")
     if missing := [end for end in family.TRAINED_ENDS if f"{end}.weight" not in state]:
         raise ValueError(f"{path} is not whole: it has no {', '.join(missing)}")
-    provenance["family"] = family.__name__.rpartition(".")[2]
+    provenance["family"] = name_of(family)
     if provenance["pipeline_class"] is None:
         parts = family.load_parts(provenance["base"], (), torch.float32, provenance["revision"])
         provenance["pipeline_class"] = family.pixel_pipeline_class(parts).__name__

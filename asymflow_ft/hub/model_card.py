@@ -12,7 +12,7 @@ from asymflow_ft.hub.provenance import without_folders
 
 FORMS = {
     "pipeline": "a complete diffusers pipeline",
-    "adapter": "an adapter in the format of the AsymFLUX.2 release",
+    "adapter": "an adapter in the format of the AsymFlow release",
     "merged": "the finetuned transformer, with its pixel subspace and colour codec",
     "lora": "a style LoRA for a pixel-space pipeline",
 }

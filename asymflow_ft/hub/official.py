@@ -1,4 +1,4 @@
-"""The released AsymFLUX.2 adapter format, both ways: one flat file of trained tensors beside a config.json.
+"""The released AsymFlow adapter format, both ways: one flat file of trained tensors beside a config.json.
 
 Names are diffusers' own; LoRA factors end in lora_A.weight / lora_B.weight and carry no alpha, so a reader assumes
 alpha = rank. Trained tensors are float16, `proj_buffer` (the basis) and `scale_buffer` bfloat16. Metadata are ours;

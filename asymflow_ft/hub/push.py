@@ -25,7 +25,10 @@ from asymflow_ft.hub.cards import FIELDS, matching, model_terms
 from asymflow_ft.hub.model_card import gating, model_card
 from asymflow_ft.hub.provenance import FILE, read_provenance, without_folders
 
-PARTS = ("transformer", "subspace", "codec", "scheduler", "text_encoder", "tokenizer", "adapter")
+PARTS = (
+    "transformer", "subspace", "codec", "scheduler", "adapter", "text_encoder", "text_encoder_2", "text_encoder_3",
+    "tokenizer", "tokenizer_2", "tokenizer_3",
+)  # fmt: skip
 ROOT_FILES = ("README.md", "NOTICE", "NOTICE.md", "NOTICE.txt", FILE, "model_index.json", "config.json")
 PART_SUFFIXES = (".json", ".safetensors", ".txt", ".jinja", ".model")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
@@ -162,7 +165,7 @@ def _check_name(repo: str) -> None:
     except HFValidationError:
         malformed = True
     if malformed:
-        raise ValueError(f"--repo {repo!r} is no repository name; write it as user/name, such as jane/klein-pixels")
+        raise ValueError(f"--repo {repo!r} is no repository name; write it as user/name, such as jane/pixels")
 
 
 def _files(folder: Path, form: str) -> tuple[dict[str, int], list[str]]:

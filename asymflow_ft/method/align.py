@@ -141,6 +141,47 @@ def explained_energy(grams: Grams, fit: Fit, rotation: Tensor | None = None) -> 
     return total / grams.tokens, left / grams.tokens
 
 
+@dataclass(frozen=True)
+class LinearShares:
+    """Shares of variance that best affine maps explain, token by token: of the latents from pixels, of the pixels from
+    latents, and of the pixels from the R best numbers of a patch (its principal components). 1 is all; tokens that
+    have nothing to do with each other give 0 in the mean, a little more or less in a sample."""
+
+    latents_from_pixels: float
+    pixels_from_latents: float
+    pixels_from_best: float
+
+
+def linear_shares(grams: Grams) -> LinearShares:
+    """How close latents are to pixels: a linear map of the own patch, and back. Rotating or scaling the latents
+    changes none of it.
+
+    Raises:
+        ValueError: no more tokens than pixel values, which any map fits.
+    """
+    if grams.tokens <= len(grams.pixel) + 1:
+        raise ValueError(f"{int(grams.tokens)} tokens are too few for maps of {len(grams.pixel)} values")
+    x, z = grams.pixel_sum / grams.tokens, grams.latent_sum / grams.tokens
+    pixel = grams.pixel / grams.tokens - torch.outer(x, x)
+    latent = grams.latent / grams.tokens - torch.outer(z, z)
+    cross = grams.cross / grams.tokens - torch.outer(z, x)
+    spectrum = torch.linalg.eigvalsh(pixel)
+    return LinearShares(
+        latents_from_pixels=_explained(pixel, cross.mT, latent.trace(), grams.tokens),
+        pixels_from_latents=_explained(latent, cross, pixel.trace(), grams.tokens),
+        pixels_from_best=(spectrum[-len(z) :].sum() / spectrum.sum()).item(),
+    )
+
+
+def _explained(covariance: Tensor, cross: Tensor, total: Tensor, tokens: Tensor) -> float:
+    """R squared of least squares, from the covariance (n, n) of what it maps, the cross covariance (n, m) and the
+    variance () of what it explains; adjusted for what n numbers fit of anything by chance."""
+    values, directions = torch.linalg.eigh(covariance)
+    used = values > values[-1] * 1e-10  # flat patches and unused channels leave directions without variance
+    explained = ((directions.mT @ cross)[used].square().sum(1) / values[used]).sum() / total
+    return (1 - (1 - explained) * (tokens - 1) / (tokens - 1 - used.sum())).item()
+
+
 def patch_dct(patch: int) -> Tensor:
     """(p**2, p**2) orthonormal cosine transform of a p x p patch; row u * p + v is frequency (u, v)."""
     k = torch.arange(patch, dtype=torch.float64)

@@ -58,7 +58,7 @@ def recover_velocity(
     Args:
         u: network output (B, N, D). x_t: noisy pixel tokens (B, N, D), not multiplied by the gain.
         sigma: (B, 1, 1). basis: (D, R). scale: ().
-        sigma_min: floor of the division outside the subspace; 1e-4 samples FLUX.2, 0.04 ImageNet, 1e-6 trains.
+        sigma_min: floor of the division outside the subspace; 1e-4 samples text-to-image, 0.04 ImageNet, 1e-6 trains.
 
     Returns:
         Velocity (B, N, D) in the precision of the basis.

@@ -14,7 +14,7 @@ def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
 def logit_normal_sigmas(normal: Tensor, shift: float, mean: float = 0.0, std: float = 1.0) -> Tensor:
     """Training noise levels from standard normal draws: shift_sigma(sigmoid(mean + std * normal)).
 
-    FLUX.2 at 1024x1024 uses shift 17, mean 0, std 1 (paper section 5).
+    The paper at 1024x1024 uses shift 17, mean 0, std 1 (section 5).
     """
     return shift_sigma(torch.sigmoid(mean + std * normal), shift)
 
@@ -42,7 +42,7 @@ def dynamic_shift(
     """Timestep shift for an image of `pixels` = height * width.
 
     "sqrt": linear in the square root of the pixel count; the released settings (17 at 1024^2, 34 at 2048^2) give
-    17 sqrt(pixels) / 1024. "exp": the logarithm of the shift is linear in the pixel count (the FLUX rule).
+    17 sqrt(pixels) / 1024. "exp": the logarithm of the shift is linear in the pixel count.
     Both extend beyond the two anchors.
 
     Raises:

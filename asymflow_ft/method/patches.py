@@ -1,8 +1,8 @@
 """Images <-> patch tokens.
 
 One order everywhere: channel first, feature (c * p + i) * p + j of channel c, row i, column j inside a p x p patch;
-tokens row by row. It is the order of FLUX latents and of the FLUX.2 pixel model. Networks with another order (DiT,
-JiT) permute with `to_channel_last` / `to_channel_first` at their own door.
+tokens row by row. It is the order of most packed latents and of the released pixel model. Networks with another order
+(DiT, JiT) permute with `to_channel_last` / `to_channel_first` at their own door.
 """
 
 from torch import Tensor

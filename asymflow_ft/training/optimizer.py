@@ -16,7 +16,7 @@ def make_optimizer(
     """AdamW in 8 or 32 bits with a learning rate each for the trunk, the end layers and the output projection.
 
     Args:
-        ends: diffusers names of the end layers. output_layer: the one that writes pixels, `proj_out` in FLUX.2.
+        ends: diffusers names of the end layers. output_layer: the one that writes pixels.
     """
     train = recipe.train
     rates = {

@@ -87,7 +87,7 @@ def dry_run(recipe: Recipe, tflops: float | None = None, card_gb: float | None =
     base = transformer_on_meta(family, recipe.base, recipe.revision)
     vae = vae_on_meta(recipe.base, recipe.revision)
     repository = open_repository(recipe.base, recipe.revision)
-    plan = plan_memory(recipe, family, base, vae, _text_encoder(repository), most)
+    plan = plan_memory(recipe, family, base, vae, _text_encoders(repository), most)
     if card_gb is None and torch.cuda.is_available():
         card_gb = torch.cuda.get_device_properties(0).total_memory / 1e9
     tokens = (data.resolution // family.pixel_patch(vae)) ** 2
@@ -213,7 +213,7 @@ def disk_need(
         "latents": images * latent_values * 2 if recipe.loss.variance_reduction else 0,
         # a new one is whole before the oldest goes
         f"checkpoints, {recipe.train.keep_checkpoints} + 1": checkpoint * (recipe.train.keep_checkpoints + 1),
-        "pipeline": 0 if recipe.is_style else plan.tensors.frozen + _text_encoder(repository),
+        "pipeline": 0 if recipe.is_style else plan.tensors.frozen + _text_encoders(repository),
     }
     return {name: size for name, size in need.items() if size}
 
@@ -252,8 +252,9 @@ def describe_time(plan: MemoryPlan, tflops: float | None) -> list[str]:
     return lines
 
 
-def _text_encoder(repository: Repository | None) -> int:
-    return 0 if repository is None else repository.part("text_encoder")
+def _text_encoders(repository: Repository | None) -> int:
+    names = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    return 0 if repository is None else sum(map(repository.part, names))
 
 
 def _gb(size: int) -> str:

@@ -29,7 +29,7 @@ from asymflow_ft.recipe import Recipe
 from asymflow_ft.training.encode import Encoder, FromCache, Live
 from asymflow_ft.training.run import on_main
 
-TEXT_SHARD = 64  # captions; about 500 MB for klein 4B in bf16
+TEXT_SHARD = 64  # captions; about 500 MB in bf16, where an embedding has 512 rows of 7,680
 LATENT_SHARD = 256  # images; about 270 MB at 1024x1024
 
 

@@ -5,11 +5,11 @@ from types import ModuleType
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
+from safetensors import safe_open
 
 from asymflow_ft.components.quantize import quantize_frozen
 from asymflow_ft.components.subspace import PixelSubspace
 from asymflow_ft.data.cache import content_key
-from asymflow_ft.families.base import component_id
 from asymflow_ft.hub.forms import Converted, open_converted
 from asymflow_ft.recipe import Recipe
 from asymflow_ft.training import trainable
@@ -46,11 +46,16 @@ def open_start(recipe: Recipe) -> Converted | None:
 
 
 def start_key(start: Converted) -> str:
-    """Tells what a run began with from other weights under the same name."""
-    if start.folder is not None:
-        return component_id(str(start.folder), None, "transformer")
-    assert start.trained is not None
-    return content_key(*(tensor.double().sum().item() for tensor in start.trained.values()))
+    """Tells what a run began with from other weights under the same name, wherever they lie: by the trained tensors,
+    or of a whole transformer by its end layers, which every training changes."""
+    trained = start.trained
+    if trained is None:
+        assert start.folder is not None
+        files = sorted((start.folder / "transformer").glob("*.safetensors"))
+        stored = {name: file for file in files for name in safe_open(file, "pt").keys()}
+        ends = [name for name in stored if name.rpartition(".")[0] in start.family.TRAINED_ENDS]
+        trained = {name: safe_open(stored[name], "pt").get_tensor(name) for name in ends}
+    return content_key(*(trained[name].double().sum().item() for name in sorted(trained)))
 
 
 def build_student(
