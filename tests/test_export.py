@@ -222,7 +222,7 @@ def test_arguments_that_do_not_apply_are_refused(written, tiny_base, tmp_path, c
         ([tiny_base], "is a latent pipeline; convert it first"),
         ([str(tmp_path / "nowhere/at/all")], "cannot open"),
         ([str(written / "adapter"), "--out", str(written / "merged")], "already exists"),
-        ([str(written / "adapter"), "--base", str(written / "pipeline")], "here the latent base is needed"),
+        ([str(written / "adapter"), "--base", str(written / "pipeline")], "it draws pixels already"),
         ([str(written / "pipeline"), "--base", tiny_base], "--base and --revision are for adapters"),
         ([str(written / "pipeline"), "--revision", "v2"], "--base and --revision are for adapters"),
     ):

@@ -278,7 +278,7 @@ def test_a_start_is_known_by_its_weights_and_not_by_where_they_lie(start, tiny_b
         ([*STYLE, "init_from=null", "align.path=x"], "set init_from to a converted model"),
         (["lora={rank: 3}", "init_from=recipes/tiny/base"], "is a latent pipeline; convert it first"),
         (["lora={rank: 3}", "init_from=no/where"], "cannot open"),
-        (["lora={rank: 3}", "base=START/pipeline"], "here the latent base is needed"),
+        (["lora={rank: 3}", "base=START/pipeline"], "it draws pixels already"),
         (["lora={rank: 3}", "init_from=HERE/run"], "is a run; give the pipeline/ in it"),
         (["lora={rank: 3}", "init_from=HERE/style"], "is a LoRA; give the converted model"),
     ],
