@@ -5,10 +5,11 @@ from importlib import import_module
 
 import pytest
 import torch
+from torch.nn.functional import pixel_shuffle
 
 from asymflow_ft.components.subspace import Cond, PixelSubspace
 from asymflow_ft.families import flux1, sd3
-from asymflow_ft.method.patches import to_image
+from asymflow_ft.method.patches import to_image, to_tokens
 from asymflow_ft.training.encode import encode_texts
 from tests.tiny.flux1 import build
 
@@ -35,6 +36,21 @@ def test_guidance_of_the_base_is_classifier_free(base):
     )
     assert (with_text - without).abs().max() > 0.05
     torch.testing.assert_close(drawn, z - (without + 3 * (with_text - without)), rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_embeddings_do_what_the_prompt_does_in_the_stock_pipeline(base):
+    family, _, parts = base
+    embeds, empty = (torch.stack(list(encode_texts(family, parts, [text], 8))) for text in ("a red apple", ""))
+    noise = to_image(torch.randn(1, 6, 64, generator=torch.Generator().manual_seed(0)), (2, 3), 1)
+    _, drawn = family.draw_base(parts, noise, embeds, empty[0], (32, 48), 2, 3.0, "latent")
+    scale = {"true_cfg_scale": 3.0} if family is flux1 else {"guidance_scale": 3.0}
+    latents = to_tokens(noise, 1) if family is flux1 else pixel_shuffle(noise, 2)
+    stock = parts(
+        "a red apple", negative_prompt="", latents=latents, height=32, width=48, num_inference_steps=2,
+        max_sequence_length=8, output_type="latent", **scale,
+    ).images  # fmt: skip
+    torch.testing.assert_close(drawn, stock if family is flux1 else to_tokens(stock, 2), rtol=0, atol=1e-5)
 
 
 def test_condition_images_are_refused(base):
