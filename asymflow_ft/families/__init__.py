@@ -5,10 +5,10 @@ from types import ModuleType
 
 from diffusers import DiffusionPipeline
 
-from asymflow_ft.families import flux2, qwen_image, unsupported, z_image
+from asymflow_ft.families import flux2, flux3, qwen_image, unsupported, z_image
 from asymflow_ft.families.base import NoIndexError, load_index, load_json
 
-_MODULES = (flux2, qwen_image, z_image)
+_MODULES = (flux2, flux3, qwen_image, z_image)
 # What tests/test_families.py states for every family, by the name of the test.
 LAWS = {
     "test_the_family_is_found": "found by its index",

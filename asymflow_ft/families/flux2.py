@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Pipeline, Flux2Transformer2DModel, ModelMixin
+from diffusers import Flux2KleinPipeline, Flux2Pipeline, Flux2Transformer2DModel, ModelMixin
 from diffusers.pipelines.flux2.pipeline_output import Flux2PipelineOutput
 from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -22,8 +22,10 @@ from transformers.utils import is_torchvision_available
 from asymflow_ft.components.pipelines import CFG_SCALE, PixelPipelineMixin
 from asymflow_ft.components.subspace import Cond, Grid, PixelSubspace
 from asymflow_ft.families.base import autocast, build_lifted, load_index, run_stock, stock_parts
+from asymflow_ft.families.whitened import decode_latents, encode_latents, latent_dim, pixel_patch
 from asymflow_ft.method.asymflow import lift_weights
-from asymflow_ft.method.patches import to_image, to_tokens
+
+__all__ = ["decode_latents", "encode_latents", "latent_dim", "pixel_patch"]  # this family's, from there
 
 PIPELINES = {"Flux2KleinPipeline": Flux2KleinPipeline, "Flux2Pipeline": Flux2Pipeline}
 CHECKPOINTS = (
@@ -94,39 +96,6 @@ def latent_shift(pipeline: DiffusionPipeline) -> float:
     """The timestep shift that the base was made for."""
     config = pipeline.scheduler.config
     return LATENT_SHIFT if config.use_dynamic_shifting else float(config.shift)
-
-
-def pixel_patch(vae: AutoencoderKLFlux2) -> int:
-    """Side in pixels of the image patch that one latent token stands for."""
-    return 2 ** (len(vae.config.block_out_channels) - 1) * vae.config.patch_size[0]
-
-
-def latent_dim(vae: AutoencoderKLFlux2) -> int:
-    """Values of one latent token, the rank R of the subspace."""
-    return vae.config.latent_channels * vae.config.patch_size[0] * vae.config.patch_size[1]
-
-
-def _whitening(vae: AutoencoderKLFlux2, like: Tensor) -> tuple[Tensor, Tensor]:
-    mean = vae.bn.running_mean.to(like)[:, None, None]
-    return mean, (vae.bn.running_var.to(like) + vae.config.batch_norm_eps).sqrt()[:, None, None]
-
-
-def encode_latents(vae: AutoencoderKLFlux2, rgb: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """RGB in [-1, 1], (B, 3, H, W) -> whitened float32 latent tokens (B, N, 128): the posterior's mode, or with a
-    generator a sample of it."""
-    posterior = vae.encode(rgb.to(vae.device, vae.dtype)).latent_dist
-    z = (posterior.mode() if generator is None else posterior.sample(generator)).float()
-    packed = F.pixel_unshuffle(z, vae.config.patch_size[0])
-    mean, std = _whitening(vae, packed)
-    return to_tokens((packed - mean) / std, 1)
-
-
-def decode_latents(vae: AutoencoderKLFlux2, z: Tensor, grid: Grid) -> Tensor:
-    """Latent tokens (B, N, 128) -> RGB in [-1, 1], float32; `grid` is (rows, columns) of tokens."""
-    packed = to_image(z.to(vae.device), grid, 1)
-    mean, std = _whitening(vae, packed)
-    latents = F.pixel_shuffle(packed * std + mean, vae.config.patch_size[0])
-    return vae.decode(latents.to(vae.dtype)).sample.float().clamp(-1, 1)
 
 
 def lift(transformer: Flux2Transformer2DModel, subspace: PixelSubspace) -> Flux2Transformer2DModel:
