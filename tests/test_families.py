@@ -33,7 +33,7 @@ from asymflow_ft.method.patches import to_image, to_tokens
 from asymflow_ft.training import trainable
 from asymflow_ft.training.encode import encode_texts, load_text_parts
 
-NAMES = ["flux2", "flux1", "sd3", "qwen_image", "z_image", "ernie_image"]
+NAMES = ["flux2", "flux3", "flux1", "sd3", "qwen_image", "z_image", "ernie_image"]
 PROMPTS = ["red apple", "a rocket over the sea"]
 LENGTH = 16  # text tokens
 SIDE = 64  # pixels

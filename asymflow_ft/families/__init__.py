@@ -5,10 +5,10 @@ from types import ModuleType
 
 from diffusers import DiffusionPipeline
 
-from asymflow_ft.families import ernie_image, flux1, flux2, qwen_image, sd3, unsupported, z_image
+from asymflow_ft.families import ernie_image, flux1, flux2, flux3, qwen_image, sd3, unsupported, z_image
 from asymflow_ft.families.base import NoIndexError, load_index, load_json
 
-_MODULES = (flux2, flux1, sd3, qwen_image, z_image, ernie_image)
+_MODULES = (flux2, flux3, flux1, sd3, qwen_image, z_image, ernie_image)
 # What tests/test_families.py states for every family, by the name of the test.
 LAWS = {
     "test_the_family_is_found": "found by its index",

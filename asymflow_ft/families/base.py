@@ -25,6 +25,8 @@ from torch import Tensor, nn
 
 from asymflow_ft.components.subspace import Cond, Grid
 
+INDEX, MODULAR_INDEX = "model_index.json", "modular_model_index.json"
+
 
 class NoIndexError(ValueError):
     """A folder or repository that holds no diffusers pipeline."""
@@ -46,20 +48,28 @@ def opening(base: str) -> Iterator[None]:
 
 
 def load_index(base: str, revision: str | None = None) -> dict[str, Any]:
-    """model_index.json of a diffusers folder or Hub repository.
+    """model_index.json of a diffusers folder or Hub repository, or in its place modular_model_index.json of one that
+    has modular blocks alone, in the form of the former: every part with the library and the name of its class.
 
     Raises:
         ValueError: there is no such folder or repository.
         NoIndexError: it is not a diffusers pipeline.
     """
+    absent = EntryNotFoundError, FileNotFoundError, NotADirectoryError
     try:
-        return load_json(base, "model_index.json", revision)
+        return load_json(base, INDEX, revision)
     except ValueError as error:
-        if isinstance(error.__cause__, FileNotFoundError | NotADirectoryError) and Path(base).exists():
-            raise NoIndexError(f"{base} is not a diffusers pipeline folder: it has no model_index.json") from error
-        if isinstance(error.__cause__, EntryNotFoundError):
-            raise NoIndexError(str(error)) from error
-        raise
+        if not isinstance(error.__cause__, absent):
+            raise
+        no_index = error
+    try:
+        index = load_json(base, MODULAR_INDEX, revision)
+    except ValueError as error:
+        if not isinstance(error.__cause__, absent):
+            raise
+        local = f"{base} is not a diffusers pipeline folder: it has no {INDEX}"
+        raise NoIndexError(local if Path(base).exists() else str(no_index)) from no_index
+    return {key: value[2]["type_hint"] if isinstance(value, list) else value for key, value in index.items()}
 
 
 def load_json(base: str, name: str, revision: str | None = None) -> dict[str, Any]:
@@ -85,8 +95,9 @@ def component_id(base: str, revision: str | None, component: str) -> str:
         stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
         return f"{folder.resolve()} {hashlib.sha256(repr(stats).encode()).hexdigest()}"
     load_index(base, revision)  # now in the local cache, in a folder named after the commit
-    index = try_to_load_from_cache(base, "model_index.json", revision=revision)
-    return f"{base}@{Path(str(index)).parent.name}/{component}"
+    files = [try_to_load_from_cache(base, name, revision=revision) for name in (INDEX, MODULAR_INDEX)]
+    commit = next(Path(file).parent.name for file in files if isinstance(file, str))
+    return f"{base}@{commit}/{component}"
 
 
 def on_meta(kind: type[ModelMixin], base: str, part: str, revision: str | None = None) -> ModelMixin:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Pipeline, Flux2Transformer2DModel, ModelMixin
+from diffusers import Flux2KleinPipeline, Flux2Pipeline, Flux2Transformer2DModel, ModelMixin
 from diffusers.pipelines.flux2.pipeline_output import Flux2PipelineOutput
 from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -22,7 +22,7 @@ from transformers.utils import is_torchvision_available
 from asymflow_ft.components.pipelines import CFG_SCALE, PixelPipelineMixin
 from asymflow_ft.components.subspace import Cond, Grid, PixelSubspace
 from asymflow_ft.families.base import autocast, build_lifted, load_index, run_stock, stock_parts
-from asymflow_ft.families.vae import decode_whitened, encode_whitened, whitened_dim, whitened_patch
+from asymflow_ft.families.vae import WHITENED_LATENTS
 from asymflow_ft.method.asymflow import lift_weights
 
 PIPELINES = {"Flux2KleinPipeline": Flux2KleinPipeline, "Flux2Pipeline": Flux2Pipeline}
@@ -96,17 +96,7 @@ def latent_shift(pipeline: DiffusionPipeline) -> float:
     return LATENT_SHIFT if config.use_dynamic_shifting else float(config.shift)
 
 
-pixel_patch, latent_dim = whitened_patch, whitened_dim
-
-
-def encode_latents(vae: AutoencoderKLFlux2, rgb: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """See encode_whitened."""
-    return encode_whitened(vae, rgb, generator, vae.config.batch_norm_eps)
-
-
-def decode_latents(vae: AutoencoderKLFlux2, z: Tensor, grid: Grid) -> Tensor:
-    """See decode_whitened."""
-    return decode_whitened(vae, z, grid, vae.config.batch_norm_eps)
+pixel_patch, latent_dim, encode_latents, decode_latents = WHITENED_LATENTS
 
 
 def lift(transformer: Flux2Transformer2DModel, subspace: PixelSubspace) -> Flux2Transformer2DModel:

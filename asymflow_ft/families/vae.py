@@ -21,14 +21,20 @@ def whitened_dim(vae: AutoencoderKLFlux2) -> int:
     return vae.config.latent_channels * vae.config.patch_size[0] * vae.config.patch_size[1]
 
 
-def _whitening(vae: AutoencoderKLFlux2, like: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    mean = vae.bn.running_mean.to(like)[:, None, None]
+def _whitening(vae: AutoencoderKLFlux2, like: Tensor, eps: float | None) -> tuple[Tensor, Tensor]:
+    mean, eps = vae.bn.running_mean.to(like)[:, None, None], vae.config.batch_norm_eps if eps is None else eps
     return mean, (vae.bn.running_var.to(like) + eps).sqrt()[:, None, None]
 
 
-def encode_whitened(vae: AutoencoderKLFlux2, rgb: Tensor, generator: torch.Generator | None, eps: float) -> Tensor:
+def encode_whitened(
+    vae: AutoencoderKLFlux2, rgb: Tensor, generator: torch.Generator | None = None, eps: float | None = None
+) -> Tensor:
     """RGB in [-1, 1], (B, 3, H, W) -> float32 latent tokens (B, N, R), packed 2x2 and whitened by the VAE's batch-norm
-    statistics: the posterior's mode, or with a generator a sample of it."""
+    statistics: the posterior's mode, or with a generator a sample of it.
+
+    Args:
+        eps: added to the variances; None: the VAE config's.
+    """
     posterior = vae.encode(rgb.to(vae.device, vae.dtype)).latent_dist
     z = (posterior.mode() if generator is None else posterior.sample(generator)).float()
     packed = F.pixel_unshuffle(z, vae.config.patch_size[0])
@@ -36,12 +42,16 @@ def encode_whitened(vae: AutoencoderKLFlux2, rgb: Tensor, generator: torch.Gener
     return to_tokens((packed - mean) / std, 1)
 
 
-def decode_whitened(vae: AutoencoderKLFlux2, z: Tensor, grid: Grid, eps: float) -> Tensor:
+def decode_whitened(vae: AutoencoderKLFlux2, z: Tensor, grid: Grid, eps: float | None = None) -> Tensor:
     """Latent tokens (B, N, R) -> RGB in [-1, 1], float32; `grid` is (rows, columns) of tokens."""
     packed = to_image(z.to(vae.device), grid, 1)
     mean, std = _whitening(vae, packed, eps)
     latents = F.pixel_shuffle(packed * std + mean, vae.config.patch_size[0])
     return vae.decode(latents.to(vae.dtype)).sample.float().clamp(-1, 1)
+
+
+# pixel_patch, latent_dim, encode_latents and decode_latents of a family with such latents
+WHITENED_LATENTS = (whitened_patch, whitened_dim, encode_whitened, decode_whitened)
 
 
 def kl_pixel_patch(vae: AutoencoderKL) -> int:

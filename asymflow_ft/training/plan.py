@@ -13,7 +13,7 @@ from huggingface_hub.errors import HTTPError  # of the HTTP library that this ve
 
 from asymflow_ft.data.source import open_sources
 from asymflow_ft.families import family_of
-from asymflow_ft.families.base import load_index, transformer_on_meta, vae_on_meta
+from asymflow_ft.families.base import INDEX, MODULAR_INDEX, load_index, transformer_on_meta, vae_on_meta
 from asymflow_ft.recipe import Data, Recipe, plain
 from asymflow_ft.training.memory import MemoryPlan, advise, plan_memory
 from asymflow_ft.training.stages import read_prompts
@@ -53,7 +53,7 @@ def open_repository(base: str, revision: str | None) -> Repository | None:
     parts = [name for name, value in load_index(base, revision).items() if isinstance(value, list)]
     files = {
         name: size for name, size in sizes.items()
-        if name == "model_index.json" or (name.split("/")[0] in parts and not name.endswith(OTHER_FORMATS))
+        if name in (INDEX, MODULAR_INDEX) or (name.split("/")[0] in parts and not name.endswith(OTHER_FORMATS))
     }  # fmt: skip
     missing = {} if folder.is_dir() else {
         name: size for name, size in files.items()
