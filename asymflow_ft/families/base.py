@@ -14,6 +14,7 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
 from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
+from diffusers.schedulers import UniPCMultistepScheduler
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -23,6 +24,7 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from asymflow_ft.components.pipelines import PixelPipelineMixin
 from asymflow_ft.components.subspace import Cond, Grid
 
 INDEX, MODULAR_INDEX = "model_index.json", "modular_model_index.json"
@@ -178,6 +180,32 @@ def autocast(tokens: Tensor, cond: Cond) -> torch.autocast:
     steps of 0.004), and the trained end layers may be float32."""
     width = cond.embeds.dtype
     return torch.autocast(tokens.device.type, dtype=width, enabled=width in (torch.bfloat16, torch.float16))
+
+
+class OneEncoderPipeline(PixelPipelineMixin):
+    """The pixel pipeline of a family with one text encoder, to be mixed into its stock pipeline.
+
+    default_guidance: the distilled value of networks that embed one, None if the family has no such.
+    """
+
+    _optional_components: list[str] = []
+    default_guidance: float | None = None
+
+    def __init__(
+        self, scheduler: UniPCMultistepScheduler, text_encoder: Any, tokenizer: Any, transformer: ModelMixin,
+        subspace: ModelMixin, codec: ModelMixin, shift: float = 17.0, shift_mode: str = "sqrt",
+        base_pixels: int = 1024**2, max_pixels: int = 2048**2, max_shift: float = 34.0, default_size: int = 1024,
+        max_sequence_length: int = 512, distilled_guidance: float | None = None,
+    ):  # fmt: skip
+        # without a value a network with embedded guidance would silently skip it
+        guided = transformer is not None and transformer.config.get("guidance_embeds", False)
+        self.set_up(
+            {"scheduler": scheduler, "text_encoder": text_encoder, "tokenizer": tokenizer, "transformer": transformer,
+             "subspace": subspace, "codec": codec},
+            shift=shift, shift_mode=shift_mode, base_pixels=base_pixels, max_pixels=max_pixels, max_shift=max_shift,
+            default_size=default_size, max_sequence_length=max_sequence_length,
+            distilled_guidance=self.default_guidance if distilled_guidance is None and guided else distilled_guidance,
+        )  # fmt: skip
 
 
 @contextmanager

@@ -6,19 +6,18 @@ text of its true length, and predicts eps - x0. The prompt enhancer of the stock
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
-from diffusers import AutoencoderKLFlux2, ErnieImagePipeline, ErnieImageTransformer2DModel, ModelMixin
+from diffusers import AutoencoderKLFlux2, ErnieImagePipeline, ErnieImageTransformer2DModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
-from diffusers.schedulers import UniPCMultistepScheduler
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from asymflow_ft.components.pipelines import CFG_SCALE, PixelPipelineMixin
+from asymflow_ft.components.pipelines import CFG_SCALE
 from asymflow_ft.components.subspace import Cond, Grid, PixelSubspace
 from asymflow_ft.families.base import (
+    OneEncoderPipeline,
     autocast,
     build_lifted,
     refuse_references,
@@ -168,25 +167,11 @@ def lora_targets(transformer: ErnieImageTransformer2DModel) -> list[str]:
     return ["time_embedding.linear_1", "time_embedding.linear_2", *blocks]
 
 
-class PixelErnieImagePipeline(PixelPipelineMixin, ErnieImagePipeline):
+class PixelErnieImagePipeline(OneEncoderPipeline, ErnieImagePipeline):
     """ERNIE-Image in pixel space; prompts and LoRA files as in ErnieImagePipeline, without its prompt enhancer."""
 
     output_class = ImagePipelineOutput  # the stock one asks for enhanced prompts
     predict, embed = staticmethod(predict), embed
-    _optional_components: list[str] = []
-
-    def __init__(
-        self, scheduler: UniPCMultistepScheduler, text_encoder: Any, tokenizer: Any,
-        transformer: ErnieImageTransformer2DModel, subspace: ModelMixin, codec: ModelMixin, shift: float = 6.0,
-        shift_mode: str = "sqrt", base_pixels: int = 1024**2, max_pixels: int = 2048**2, max_shift: float = 12.0,
-        default_size: int = 1024, max_sequence_length: int = 512, distilled_guidance: float | None = None,
-    ):  # fmt: skip
-        self.set_up(
-            {"scheduler": scheduler, "text_encoder": text_encoder, "tokenizer": tokenizer, "transformer": transformer,
-             "subspace": subspace, "codec": codec},
-            shift=shift, shift_mode=shift_mode, base_pixels=base_pixels, max_pixels=max_pixels, max_shift=max_shift,
-            default_size=default_size, max_sequence_length=max_sequence_length, distilled_guidance=distilled_guidance,
-        )  # fmt: skip
 
 
 PIXEL_PIPELINES = (PixelErnieImagePipeline,)

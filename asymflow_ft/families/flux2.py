@@ -6,22 +6,27 @@ token per 16x16 pixels. The transformer takes sigma in [0, 1] and predicts eps -
 
 import re
 from collections.abc import Callable
-from typing import Any
 
 import torch
-from diffusers import Flux2KleinPipeline, Flux2Pipeline, Flux2Transformer2DModel, ModelMixin
+from diffusers import Flux2KleinPipeline, Flux2Pipeline, Flux2Transformer2DModel
 from diffusers.pipelines.flux2.pipeline_output import Flux2PipelineOutput
 from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from diffusers.schedulers import UniPCMultistepScheduler
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.utils import is_torchvision_available
 
-from asymflow_ft.components.pipelines import CFG_SCALE, PixelPipelineMixin
+from asymflow_ft.components.pipelines import CFG_SCALE
 from asymflow_ft.components.subspace import Cond, Grid, PixelSubspace
-from asymflow_ft.families.base import autocast, build_lifted, load_index, run_stock, stock_parts
+from asymflow_ft.families.base import (
+    OneEncoderPipeline,
+    autocast,
+    build_lifted,
+    load_index,
+    run_stock,
+    stock_parts,
+)
 from asymflow_ft.families.vae import WHITENED_LATENTS
 from asymflow_ft.method.asymflow import lift_weights
 
@@ -187,26 +192,10 @@ def lora_targets(transformer: Flux2Transformer2DModel) -> list[str]:
     return names + [f"single_transformer_blocks.{i}.attn.to_out" for i in range(transformer.config.num_single_layers)]
 
 
-class _PixelFlux2(PixelPipelineMixin):
+class _PixelFlux2(OneEncoderPipeline):
     output_class = Flux2PipelineOutput
+    default_guidance = DISTILLED_GUIDANCE
     predict, embed = staticmethod(predict), embed
-    _optional_components: list[str] = []
-
-    def __init__(
-        self, scheduler: UniPCMultistepScheduler, text_encoder: Any, tokenizer: Any,
-        transformer: Flux2Transformer2DModel, subspace: ModelMixin, codec: ModelMixin, shift: float = 17.0,
-        shift_mode: str = "sqrt", base_pixels: int = 1024**2, max_pixels: int = 2048**2, max_shift: float = 34.0,
-        default_size: int = 1024, max_sequence_length: int = 512, distilled_guidance: float | None = None,
-    ):  # fmt: skip
-        guided = transformer is not None and transformer.config.guidance_embeds
-        self.set_up(
-            {"scheduler": scheduler, "text_encoder": text_encoder, "tokenizer": tokenizer, "transformer": transformer,
-             "subspace": subspace, "codec": codec},
-            shift=shift, shift_mode=shift_mode, base_pixels=base_pixels, max_pixels=max_pixels, max_shift=max_shift,
-            default_size=default_size, max_sequence_length=max_sequence_length,
-            # without a value the network would silently skip its embedding
-            distilled_guidance=DISTILLED_GUIDANCE if distilled_guidance is None and guided else distilled_guidance,
-        )  # fmt: skip
 
 
 class PixelFlux2KleinPipeline(_PixelFlux2, Flux2KleinPipeline):

@@ -16,20 +16,26 @@ from diffusers import (
     Flux3ModularPipeline,
     Flux3Transformer2DModel,
     ImagePipelineOutput,
-    ModelMixin,
     ModularPipelineBlocks,
 )
 from diffusers.loaders import Flux3LoraLoaderMixin
 from diffusers.modular_pipelines.flux3.encoders import Flux3TextEncoderStep
-from diffusers.schedulers import UniPCMultistepScheduler
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from asymflow_ft.components.pipelines import CFG_SCALE, PixelPipelineMixin
+from asymflow_ft.components.pipelines import CFG_SCALE
 from asymflow_ft.components.subspace import Cond, Grid, PixelSubspace
-from asymflow_ft.families.base import autocast, build_lifted, load_index, load_json, opening, scheduler_shift
+from asymflow_ft.families.base import (
+    OneEncoderPipeline,
+    autocast,
+    build_lifted,
+    load_index,
+    load_json,
+    opening,
+    scheduler_shift,
+)
 from asymflow_ft.families.vae import WHITENED_LATENTS
 from asymflow_ft.method.asymflow import lift_weights
 from asymflow_ft.method.patches import to_tokens
@@ -229,25 +235,11 @@ def lora_targets(transformer: Flux3Transformer2DModel) -> list[str]:
     return names
 
 
-class PixelFlux3Pipeline(PixelPipelineMixin, Flux3LoraLoaderMixin, DiffusionPipeline):
+class PixelFlux3Pipeline(OneEncoderPipeline, Flux3LoraLoaderMixin, DiffusionPipeline):
     """FLUX.3 klein in pixel space; prompts as in Flux3ModularPipeline without its upsampler, LoRA files as there."""
 
     output_class = ImagePipelineOutput
     predict, embed = staticmethod(predict), embed
-    _optional_components: list[str] = []
-
-    def __init__(
-        self, scheduler: UniPCMultistepScheduler, text_encoder: Any, tokenizer: Any,
-        transformer: Flux3Transformer2DModel, subspace: ModelMixin, codec: ModelMixin, shift: float = 17.0,
-        shift_mode: str = "static", base_pixels: int = 1024**2, max_pixels: int = 2048**2, max_shift: float = 34.0,
-        default_size: int = 1024, max_sequence_length: int = 512, distilled_guidance: float | None = None,
-    ):  # fmt: skip
-        self.set_up(
-            {"scheduler": scheduler, "text_encoder": text_encoder, "tokenizer": tokenizer, "transformer": transformer,
-             "subspace": subspace, "codec": codec},
-            shift=shift, shift_mode=shift_mode, base_pixels=base_pixels, max_pixels=max_pixels, max_shift=max_shift,
-            default_size=default_size, max_sequence_length=max_sequence_length, distilled_guidance=distilled_guidance,
-        )  # fmt: skip
 
 
 PIXEL_PIPELINES = (PixelFlux3Pipeline,)

@@ -9,16 +9,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLQwenImage, ModelMixin, QwenImagePipeline, QwenImageTransformer2DModel
+from diffusers import AutoencoderKLQwenImage, QwenImagePipeline, QwenImageTransformer2DModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.pipelines.qwenimage.pipeline_output import QwenImagePipelineOutput
-from diffusers.schedulers import UniPCMultistepScheduler
 from PIL import Image
 from torch import Tensor, nn
 
-from asymflow_ft.components.pipelines import CFG_SCALE, PixelPipelineMixin
+from asymflow_ft.components.pipelines import CFG_SCALE
 from asymflow_ft.components.subspace import Cond, Grid, PixelSubspace
 from asymflow_ft.families.base import (
+    OneEncoderPipeline,
     autocast,
     build_lifted,
     exact_time,
@@ -189,26 +189,15 @@ def lora_targets(transformer: QwenImageTransformer2DModel) -> list[str]:
     return names
 
 
-class PixelQwenImagePipeline(PixelPipelineMixin, QwenImagePipeline):
+class PixelQwenImagePipeline(OneEncoderPipeline, QwenImagePipeline):
     """Qwen-Image in pixel space; prompts and LoRA files as in QwenImagePipeline, whose `true_cfg_scale` is
     `guidance_scale` here."""
 
     output_class = QwenImagePipelineOutput
     predict, embed = staticmethod(predict), embed
-    _optional_components: list[str] = []
 
-    def __init__(
-        self, scheduler: UniPCMultistepScheduler, text_encoder: Any, tokenizer: Any,
-        transformer: QwenImageTransformer2DModel, subspace: ModelMixin, codec: ModelMixin, shift: float = 2.0,
-        shift_mode: str = "sqrt", base_pixels: int = 1024**2, max_pixels: int = 2048**2, max_shift: float = 4.0,
-        default_size: int = 1024, max_sequence_length: int = 512, distilled_guidance: float | None = None,
-    ):  # fmt: skip
-        self.set_up(
-            {"scheduler": scheduler, "text_encoder": text_encoder, "tokenizer": tokenizer, "transformer": transformer,
-             "subspace": subspace, "codec": codec},
-            shift=shift, shift_mode=shift_mode, base_pixels=base_pixels, max_pixels=max_pixels, max_shift=max_shift,
-            default_size=default_size, max_sequence_length=max_sequence_length, distilled_guidance=distilled_guidance,
-        )  # fmt: skip
+    def set_up(self, modules: dict[str, Any], **settings: Any) -> None:
+        super().set_up(modules, **settings)
         stock = QwenImagePipeline(None, None, None, None, None)  # for its prompt template, which encode_prompt reads
         self.tokenizer_max_length = stock.tokenizer_max_length
         self.prompt_template_encode = stock.prompt_template_encode

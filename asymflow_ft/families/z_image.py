@@ -8,21 +8,20 @@ and patchifies them itself, with the channel last inside a patch; it takes the t
 import re
 import warnings
 from collections.abc import Callable
-from typing import Any
 
 import torch
-from diffusers import ModelMixin, ZImagePipeline, ZImageTransformer2DModel
+from diffusers import ZImagePipeline, ZImageTransformer2DModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.pipelines.z_image.pipeline_output import ZImagePipelineOutput
-from diffusers.schedulers import UniPCMultistepScheduler
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from asymflow_ft.components.pipelines import CFG_SCALE, PixelPipelineMixin
+from asymflow_ft.components.pipelines import CFG_SCALE
 from asymflow_ft.components.subspace import Cond, Grid, PixelSubspace
 from asymflow_ft.families.base import (
+    OneEncoderPipeline,
     autocast,
     build_lifted,
     refuse_references,
@@ -172,25 +171,12 @@ def lora_targets(transformer: ZImageTransformer2DModel) -> list[str]:
     return ["t_embedder.mlp.0", "t_embedder.mlp.2", *(f"{block}.{name}" for block in blocks for name in inside)]
 
 
-class PixelZImagePipeline(PixelPipelineMixin, ZImagePipeline):
+class PixelZImagePipeline(OneEncoderPipeline, ZImagePipeline):
     """Z-Image in pixel space; prompts and LoRA files as in ZImagePipeline. `guidance_scale` 1 is no guidance here,
     where ZImagePipeline has 0."""
 
     output_class = ZImagePipelineOutput
     predict, embed = staticmethod(predict), embed
-
-    def __init__(
-        self, scheduler: UniPCMultistepScheduler, text_encoder: Any, tokenizer: Any,
-        transformer: ZImageTransformer2DModel, subspace: ModelMixin, codec: ModelMixin, shift: float = 6.0,
-        shift_mode: str = "sqrt", base_pixels: int = 1024**2, max_pixels: int = 2048**2, max_shift: float = 12.0,
-        default_size: int = 1024, max_sequence_length: int = 512, distilled_guidance: float | None = None,
-    ):  # fmt: skip
-        self.set_up(
-            {"scheduler": scheduler, "text_encoder": text_encoder, "tokenizer": tokenizer, "transformer": transformer,
-             "subspace": subspace, "codec": codec},
-            shift=shift, shift_mode=shift_mode, base_pixels=base_pixels, max_pixels=max_pixels, max_shift=max_shift,
-            default_size=default_size, max_sequence_length=max_sequence_length, distilled_guidance=distilled_guidance,
-        )  # fmt: skip
 
 
 PIXEL_PIPELINES = (PixelZImagePipeline,)
