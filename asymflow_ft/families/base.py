@@ -12,7 +12,13 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
+from diffusers import (
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    ModelMixin,
+    ModularPipeline,
+    ModularPipelineBlocks,
+)
 from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 from diffusers.schedulers import UniPCMultistepScheduler
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
@@ -143,6 +149,25 @@ def stock_parts(
     }  # fmt: skip
     with opening(base):
         return kinds[name].from_pretrained(base, revision=revision, dtype=dtype, **absent)
+
+
+def modular_parts(
+    kind: type[ModularPipeline], blocks: ModularPipelineBlocks, base: str, parts: tuple[str, ...], dtype: torch.dtype,
+    revision: str | None,
+) -> ModularPipeline:  # fmt: skip
+    """As `stock_parts`, of a base that diffusers has modular blocks for instead of a pipeline.
+
+    Raises:
+        ValueError: files that cannot be fetched or read.
+    """
+    with opening(base):
+        pipeline = kind(blocks=blocks, pretrained_model_name_or_path=base, revision=revision)
+        for part in {*parts, "scheduler"}:
+            spec = pipeline.get_component_spec(part)
+            if spec.default_creation_method == "from_pretrained":  # else made with the blocks, as a scheduler may be
+                own = {"revision": revision} if spec.pretrained_model_name_or_path == base else {}
+                pipeline.update_components(**{part: spec.load(dtype=dtype, **own)})
+    return pipeline
 
 
 def run_stock(

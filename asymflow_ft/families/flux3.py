@@ -33,7 +33,7 @@ from asymflow_ft.families.base import (
     build_lifted,
     load_index,
     load_json,
-    opening,
+    modular_parts,
     scheduler_shift,
 )
 from asymflow_ft.families.vae import WHITENED_LATENTS
@@ -75,14 +75,7 @@ def load_parts(
         )
     blocks = Flux3AutoBlocks()
     blocks.sub_blocks.pop("prompt_upsampler")
-    with opening(base):
-        pipeline = Flux3ModularPipeline(blocks=blocks, pretrained_model_name_or_path=base, revision=revision)
-    for part in {*parts, "scheduler"}:
-        spec = pipeline.get_component_spec(part)
-        if spec.default_creation_method == "from_pretrained":  # else made with the blocks, as the scheduler may be
-            own = {"revision": revision} if spec.pretrained_model_name_or_path == base else {}
-            pipeline.update_components(**{part: spec.load(dtype=dtype, **own)})
-    return pipeline
+    return modular_parts(Flux3ModularPipeline, blocks, base, parts, dtype, revision)
 
 
 def shorten_text_encoder(pipeline: Flux3ModularPipeline) -> None:
@@ -191,14 +184,7 @@ def draw_base(
     guidance: float | None, output_type: str = "pil", on_step: Callable[[int], None] | None = None,
 ) -> tuple[list[Image.Image], Tensor]:  # fmt: skip
     """Pictures of the latent base by its own modular blocks and scheduler, one by one, and their latent tokens
-    (B, N, R).
-
-    Args:
-        noise: latent tokens as an image (B, R, rows, columns), N(0, 1). embeds: (B, L, E). empty: embedding of "",
-            (L, E). size: (height, width) in pixels. guidance: classifier-free guidance scale, None for the pixel
-            pipeline's default.
-        output_type: "latent" decodes no pictures. on_step: called with the index of every step that is done.
-    """
+    (B, N, R). Arguments as in the other families (docs/adding_a_family.md)."""
     blocks = parts.blocks
     for unused in ("text_encoder", "vae_encoder", *(["decode"] if output_type == "latent" else [])):
         blocks.sub_blocks.pop(unused)
