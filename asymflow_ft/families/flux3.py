@@ -193,6 +193,7 @@ def draw_base(
     if on_step is not None:
         loop.sub_blocks["report"] = _Report(on_step)
     drawing = Flux3ModularPipeline(blocks=blocks)
+    last = {} if output_type == "latent" else {"output_type": output_type}
     drawing.update_components(
         transformer=parts.transformer, scheduler=parts.scheduler,
         guider=ClassifierFreeGuidance(CFG_SCALE if guidance is None else guidance),
@@ -202,7 +203,7 @@ def draw_base(
     for one, text, length in zip(noise, embeds, Cond(embeds).lengths(), strict=True):
         result = drawing(
             prompt_embeds=text[None, :length], negative_prompt_embeds=empty[None], latents=one[None], height=size[0],
-            width=size[1], num_inference_steps=steps, output_type=output_type,
+            width=size[1], num_inference_steps=steps, **last,
         )  # fmt: skip
         pictures += result.get("images") or []
         latents.append(to_tokens(result.get("latents").float(), 1))
