@@ -45,7 +45,7 @@ from asymflow_ft.training.encode import free_memory
 from asymflow_ft.training.feed import loader, next_batch
 from asymflow_ft.training.objective import summarise, training_terms
 from asymflow_ft.training.optimizer import make_optimizer, set_rates
-from asymflow_ft.training.perceptual import load_lpips
+from asymflow_ft.training.perceptual import load_perceptual
 from asymflow_ft.training.plan import dry_run, out_of_memory
 from asymflow_ft.training.run import (
     PATIENCE,
@@ -145,7 +145,7 @@ def finetune(recipe: Recipe) -> None:
             "Continue it with a larger train.steps, or start another with another output_dir.")  # fmt: skip
         return
     checkpoint = on_main(accelerator, lambda: newest_checkpoint(out))
-    perceptual = load_lpips(device) if recipe.loss.perceptual == "lpips" else None
+    perceptual = load_perceptual(recipe.loss.perceptual, device)
     codec = PixelCodec(recipe.pixels.space, recipe.pixels.mean, recipe.pixels.std)
     with accelerator.main_process_first():
         start = open_start(recipe)

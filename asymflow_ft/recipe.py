@@ -123,6 +123,8 @@ def check(recipe: Recipe) -> None:
             "lora.ends is false, so this is a style LoRA on a converted model, whose training has no latent base as "
             "a reference; set loss.variance_reduction=false and loss.perceptual=none"
         )
+    if recipe.loss.perceptual not in ("lpips", "none") and ":" not in recipe.loss.perceptual:
+        raise ValueError(f"loss.perceptual is {recipe.loss.perceptual!r}; it must be lpips, none, or file.py:function")
     if not recipe.loss.variance_reduction and recipe.loss.perceptual != "none":
         raise ValueError(
             f"loss.perceptual is {recipe.loss.perceptual!r}, whose weight comes from the variance reduction, and "

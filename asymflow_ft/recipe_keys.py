@@ -129,12 +129,13 @@ class Noise:
 
 @dataclass(frozen=True)
 class Loss:
-    """Weights of the two terms. `kappa` null turns the fade off; `perceptual` "none" trains on the first alone.
+    """Weights of the two terms. `kappa` null turns the fade off; `perceptual` "none" trains on the first alone, and
+    file.py:function (or package.module:function) takes a network of your own in the place of LPIPS.
     `variance_reduction` false is plain flow matching: no reference, no latents, and no perceptual term."""
 
     variance_reduction: bool = True
     mse: float = 5.0
-    perceptual: Literal["lpips", "none"] = "lpips"
+    perceptual: str = "lpips"  # "lpips", "none", or a function(device) that gives a distance map of two RGB batches
     perceptual_weight: float = 1.0
     kappa: float | None = 0.3
     sigma_floor: float = 0.05

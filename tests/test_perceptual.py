@@ -9,8 +9,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from asymflow_ft.training.perceptual import load_lpips
+from asymflow_ft.recipe import load_recipe
+from asymflow_ft.training.perceptual import load_lpips, load_perceptual
+from tests.conftest import REPOSITORY
 
 SCRIPT = """
 import torch
@@ -46,3 +49,26 @@ def test_the_real_package_gives_a_map_and_gradients(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "lpips ran" in done.stdout, done.stderr
+
+
+def test_a_network_of_the_users_own_takes_the_place_of_lpips(tmp_path):
+    file = tmp_path / "networks.py"
+    file.write_text(
+        "def squared(device):\n"
+        "    assert device == 'cpu'\n"
+        "    return lambda image, target: (image - target).square().mean(1, keepdim=True)\n"
+    )
+    distance = load_perceptual(f"{file}:squared", "cpu")
+    a, b = torch.rand(2, 3, 8, 8), torch.rand(2, 3, 8, 8)
+    assert torch.equal(distance(a, b), (a - b).square().mean(1, keepdim=True))
+    assert load_perceptual("none", "cpu") is None
+    for name, message in (
+        (f"{tmp_path}/other.py:squared", "there is no file"),
+        (f"{file}:cubed", "has no function cubed"),
+        ("no_such_package_at_all:f", "does not import"),
+        (":f", "names no function"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_perceptual(name, "cpu")
+    with pytest.raises(ValueError, match="it must be lpips, none, or file"):
+        load_recipe(REPOSITORY / "recipes/tiny/finetune.yaml", ["loss.perceptual=vgg"])

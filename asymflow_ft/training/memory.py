@@ -239,7 +239,7 @@ def options(recipe: Recipe) -> list[tuple[str, ...]]:
         found.append((f"data.resolution={recipe.data.resolution * 3 // 4 // 64 * 64}",))
     if train.ema_device == "same":
         found.append(("train.ema_device=cpu",))
-    if recipe.loss.perceptual == "lpips":
+    if recipe.loss.perceptual != "none":
         found.append(("loss.perceptual=none",))
     return found
 

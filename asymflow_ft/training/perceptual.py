@@ -1,11 +1,25 @@
-"""LPIPS-VGG as a map over the image, from the `lpips` package (an extra)."""
+"""Perceptual distance as a map over the image: LPIPS-VGG from the `lpips` package (an extra), or the user's own."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from asymflow_ft.components.plugin import load_function
+
 PerceptualMap = Callable[[Tensor, Tensor], Tensor]
+
+
+def load_perceptual(name: str, device: torch.device | str) -> PerceptualMap | None:
+    """The map that the recipe key `loss.perceptual` names: "lpips", "none" (None), or file.py:function, which
+    takes the device and gives such a map.
+
+    Raises:
+        ValueError: it cannot be loaded.
+    """
+    if name == "none":
+        return None
+    return load_lpips(device) if name == "lpips" else load_function(name)(device)
 
 
 def load_lpips(device: torch.device | str, random_vgg: bool = False) -> PerceptualMap:
