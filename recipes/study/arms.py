@@ -33,6 +33,8 @@ ARMS = (
     Arm("c_plain", "(c) lifted, plain flow matching", _PLAIN, seeds=3),
     Arm("d_reduced", "(d) + variance reduction", ("loss.perceptual=none",), seeds=3),
     Arm("e_perceptual", "(e) + perceptual term", (), seeds=3),
+    Arm("step_0", "lifted, not trained",
+        ("train.steps=1", "train.lr=1e-12", "train.lr_output=1e-12"), "none", seeds=1),
     Arm("basis_pca", "PCA basis", (_subspace("pca"),), "basis"),
     Arm("basis_pca_turned", "PCA subspace turned to the latents", (_subspace("pca_turned"),), "basis"),
     Arm("basis_random", "random basis", (_subspace("random"),), "basis"),

@@ -93,6 +93,13 @@ def make_subspaces(data: Path, base: str, out: Path) -> None:
     PixelSubspace.from_fit(fit.basis, fit.scale).save_pretrained(out / "rgb")
 
 
+def rule_shift(base: str, subspace: str) -> float:
+    """The pixel timestep shift of a subspace: its scale times the base's native shift."""
+    family = family_of(base, None)
+    native = family.latent_shift(family.load_parts(base, ("scheduler",), torch.float32))
+    return native * load_subspace(subspace).scale.item()
+
+
 def make_scratch(base: str, subspace: str, out: Path) -> None:
     """A converted model whose network was never trained: the architecture of the lifted base with random weights,
     and an output projection of zeros."""
@@ -101,12 +108,13 @@ def make_scratch(base: str, subspace: str, out: Path) -> None:
     torch.manual_seed(0)
     network = type(lifted).from_config(lifted.config)
     torch.nn.init.zeros_(network.proj_out.weight)
-    parts = family.load_parts(base, ("scheduler",), torch.float32)
-    shift = family.latent_shift(parts) * pixels.scale.item()
     provenance = {
-        **UNKNOWN, "family": name_of(family), "pipeline_class": family.pixel_pipeline_class(parts).__name__,
+        **UNKNOWN, "family": name_of(family), "pipeline_class": family.PIXEL_PIPELINES[0].__name__,
         "base": base, "dtype": "float32", "pixels": {"space": OKLAB.space, "mean": list(OKLAB.mean), "std": OKLAB.std},
-        "settings": {"shift": shift, "shift_mode": "static", "default_size": 128, "max_sequence_length": 32},
+        "settings": {
+            "shift": rule_shift(base, subspace), "shift_mode": "static", "default_size": 128,
+            "max_sequence_length": 32,
+        },
     }  # fmt: skip
     part = out.with_name(out.name + ".network")
     network.save_pretrained(part / "transformer")
