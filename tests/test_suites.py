@@ -17,7 +17,7 @@ def write(file, content):
 
 
 def lines(*records):
-    return "".join(json.dumps(record) + "\n" for record in records)
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
 def short(text):
