@@ -337,7 +337,8 @@ def test_the_dpg_prompt_that_the_scorer_always_fails_on_is_no_news(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "damage", ["cut off", "one machine's", "a picture less", "other pictures", "mean", "overall", "text"]
+    "damage",
+    ["cut off", "one machine's", "a picture less", "other pictures", "mean", "overall", "text", "no number", "nan"],
 )
 def test_bad_hpsv3_results_are_refused(damage, tmp_path):
     *_, folder = laid_out("hpsv3", tmp_path)
@@ -349,6 +350,8 @@ def test_bad_hpsv3_results_are_refused(damage, tmp_path):
         results["statistics"][arts]["mean"] = 9.0
     if damage == "other pictures":
         results["data"][arts][0]["image_path"] = f"{arts}/x.png"
+    if damage in ("no number", "nan"):
+        results["data"][arts][0]["reward"] = {"no number": "9", "nan": float("nan")}[damage]
     if damage == "mean":
         results["statistics"][arts]["mean"] = 9.0
     if damage == "overall":
@@ -361,6 +364,8 @@ def test_bad_hpsv3_results_are_refused(damage, tmp_path):
         "mean": (json.dumps(results), r"the scores of Arts have the mean 10\.0, and the file says 9\.0"),
         "overall": (json.dumps(results), "the scores of OVERALL have the mean 8.0"),
         "text": ("HPSv3 10.43\n", "is no result of HPSv3's"),
+        "no number": (json.dumps(results), "is no result of HPSv3's"),
+        "nan": (json.dumps(results), "the scores of Arts have the mean nan"),
     }[damage]
     (folder / "results.json").write_text(damaged)
     with pytest.raises(ValueError, match=message):

@@ -20,7 +20,7 @@ from asymflow_ft.evaluation.benchmarks.layout import (
     place,
     refuse_others,
     write_text,
-)  # fmt: skip
+)
 from asymflow_ft.evaluation.suites import Suite
 from asymflow_ft.textfiles import json_lines
 

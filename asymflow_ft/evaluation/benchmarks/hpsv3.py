@@ -20,7 +20,7 @@ from asymflow_ft.evaluation.benchmarks.layout import (
     place,
     refuse_others,
     write_text,
-)  # fmt: skip
+)
 from asymflow_ft.evaluation.suites import Suite
 from asymflow_ft.textfiles import text_of
 
@@ -78,7 +78,7 @@ def read_scores(folder: Path) -> dict[str, float] | None:
         content = json.loads(text_of(file))
         for place, rows in content["data"].items():
             category = last_parts(place, 1)
-            rewards = [float(row["reward"]) for row in rows]
+            rewards = [row["reward"] for row in rows]
             names += [f"{category}/{last_parts(row['image_path'], 1)}" for row in rows]
             if rewards:
                 scores[category] = fmean(rewards)
