@@ -22,9 +22,10 @@ from asymflow_ft.hub.forms import add_loras
 from asymflow_ft.hub.push import describe_plan, plan_push, push, refusal
 from asymflow_ft.recipe import Data, load_recipe
 from asymflow_ft.synthesize import Sampling, synthesize
+from asymflow_ft.textfiles import read_prompts
 from asymflow_ft.training.encode import Encoder
 from asymflow_ft.training.run import process_state
-from asymflow_ft.training.stages import prepare, read_prompts, verify
+from asymflow_ft.training.stages import prepare, verify
 
 
 def run(args: argparse.Namespace) -> int:

@@ -5,8 +5,8 @@ import ast
 from tests.conftest import REPOSITORY
 
 LAYERS = [
-    {"method", "recipe_keys"}, {"recipe", "components"}, {"evaluation", "data", "families"}, {"hub"}, {"training"},
-    {"align"}, {"export"}, {"finetune", "synthesize", "demo"}, {"commands"}, {"cli"},
+    {"method", "recipe_keys", "textfiles"}, {"recipe", "components"}, {"evaluation", "data", "families"}, {"hub"},
+    {"training"}, {"align"}, {"export"}, {"finetune", "synthesize", "demo"}, {"commands"}, {"cli"},
 ]  # fmt: skip
 SHARED = ("base", "terms", "vae")  # what families have in common
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

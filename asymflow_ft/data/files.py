@@ -3,7 +3,6 @@
 import csv
 import io
 import itertools
-import json
 import os
 import tarfile
 import warnings
@@ -14,6 +13,7 @@ from typing import Any
 import datasets
 
 from asymflow_ft.data.rows import CONDITION_COLUMNS, FILE_COLUMNS, Files, caption_list
+from asymflow_ft.textfiles import json_lines, json_object, text_of, utf8
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff"}
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -130,17 +130,13 @@ def records_of(file: Path) -> Iterator[dict[str, Any]]:
     Raises:
         ValueError: it cannot be read; names the file and the line.
     """
-    text = text_of(file)
     if file.suffix.lower() == ".csv":
         try:
-            yield from csv.DictReader(io.StringIO(text, newline=""))
+            yield from csv.DictReader(io.StringIO(text_of(file), newline=""))
         except csv.Error as error:
             raise ValueError(f"cannot read {file}: {error}") from error
     else:
-        # not splitlines(), which also splits at the line separators that JSON strings may hold
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                yield _json_object(line, f"{file}, line {number}")
+        yield from (record for _, record in json_lines(file))
 
 
 def missing_column(source: str, key: str, column: str, existing: Iterable[Any]) -> str:
@@ -149,25 +145,6 @@ def missing_column(source: str, key: str, column: str, existing: Iterable[Any]) 
 
 def suffix_of(path: str) -> str:
     return os.path.splitext(path)[1].lower()
-
-
-def text_of(file: Path) -> str:
-    """A UTF-8 file, with or without the mark that Windows puts first.
-
-    Raises:
-        ValueError: it cannot be read or is not UTF-8.
-    """
-    try:
-        return _utf8(file.read_bytes(), str(file))
-    except OSError as error:
-        raise ValueError(f"cannot read {file}: {error.strerror}") from error
-
-
-def _utf8(content: bytes, name: str) -> str:
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{name} is not UTF-8 text ({error.reason} at byte {error.start}); convert it") from error
 
 
 def _file_names(value: Any, where: str) -> list[str]:
@@ -186,16 +163,6 @@ def _files(paths: list[str], captions: list[list[str]] | None, conditions: list[
         return Files(datasets.Dataset.from_dict(columns, FILE_COLUMNS), more)
     except UnicodeEncodeError as error:
         raise ValueError(f"the file name {error.object!r} is not UTF-8; rename the file") from error
-
-
-def _json_object(text: str, where: str) -> dict[str, Any]:
-    try:
-        record = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is not JSON: {error}") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"{where} is not a JSON object of keys and values")
-    return record
 
 
 def _index(shards: list[tuple[str, int, int]], caption_column: str | None, version: int) -> Iterator[dict[str, Any]]:
@@ -252,9 +219,9 @@ def _printable(name: str) -> str:
 
 def _tar_captions(shard: str, stem: str, texts: dict[str, bytes], caption_column: str) -> list[str]:
     if f"{stem}.txt" in texts:
-        return [_utf8(texts[f"{stem}.txt"], f"{shard}: {stem}.txt").strip()]
+        return [utf8(texts[f"{stem}.txt"], f"{shard}: {stem}.txt").strip()]
     where = f"{shard}: {stem}.json"
-    record = _json_object(_utf8(texts[f"{stem}.json"], where), where)
+    record = json_object(utf8(texts[f"{stem}.json"], where), where)
     if caption_column not in record:
         raise ValueError(missing_column(where, "caption_column", caption_column, record))
     return caption_list(record[caption_column], where)

@@ -15,8 +15,8 @@ from asymflow_ft.data.source import open_sources
 from asymflow_ft.families import family_of
 from asymflow_ft.families.base import INDEX, MODULAR_INDEX, load_index, transformer_on_meta, vae_on_meta
 from asymflow_ft.recipe import Data, Recipe, plain
+from asymflow_ft.textfiles import read_prompts
 from asymflow_ft.training.memory import MemoryPlan, advise, plan_memory
-from asymflow_ft.training.stages import read_prompts
 from asymflow_ft.training.trainable import diffusers_name
 
 # Sustained TFLOP/s in bf16 for the time estimate: the first from the paper's own GPU hours, the second a guess.

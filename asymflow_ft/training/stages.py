@@ -21,11 +21,11 @@ from asymflow_ft.components.color import rgb_tensor
 from asymflow_ft.data.buckets import fit_image
 from asymflow_ft.data.cache import TensorCache, pack, rounded
 from asymflow_ft.data.decode import UnreadableImage, decode
-from asymflow_ft.data.files import text_of
 from asymflow_ft.data.prepare import Encoded, Entry, PreparedData, make_entries
 from asymflow_ft.data.scan import Picture, read_index, scan, stamp
 from asymflow_ft.data.source import Images
 from asymflow_ft.recipe import Recipe
+from asymflow_ft.textfiles import read_prompts
 from asymflow_ft.training.encode import Encoder, FromCache, Live
 from asymflow_ft.training.run import on_main
 
@@ -48,22 +48,6 @@ class Prepared:
             "samples": len(self.train), "images": len({entry.digest for entry in self.train.entries}),
             "held_out_images": len({entry.digest for entry in self.held_out.entries}),
         }  # fmt: skip
-
-
-def read_prompts(file: str | Path) -> list[str]:
-    """One prompt a line; empty lines and lines starting with # are left out.
-
-    Raises:
-        ValueError: no such file, no UTF-8 text, or no prompts in it.
-    """
-    path = Path(file)
-    if not path.is_file():
-        raise ValueError(f"no prompt file at {path}; it is a text file with one prompt a line")
-    lines = [line.strip() for line in text_of(path).splitlines()]
-    prompts = [line for line in lines if line and not line.startswith("#")]
-    if not prompts:
-        raise ValueError(f"{path} holds no prompts")
-    return prompts
 
 
 def prepare(recipe: Recipe, family: ModuleType, images: Images, patch: int, accelerator: Accelerator) -> Prepared:
