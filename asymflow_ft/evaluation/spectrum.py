@@ -57,8 +57,9 @@ def spectrum_error(density: Tensor, real: Tensor) -> Tensor:
     return (density / real).log10().abs().mean(-1)
 
 
-def band_level(density: Tensor, real: Tensor, frequency: Tensor, count: Tensor, band: str) -> Tensor:
-    """Power of spectra (..., rings) in a band of BANDS, in dB above the real one; below 0 is blur, above 0 grain."""
-    low, high = BANDS[band]
+def band_level(density: Tensor, real: Tensor, size: tuple[int, int], band: str) -> Tensor:
+    """Power of spectra (..., rings) of pictures of `size` (height, width) in a band of BANDS, in dB above the real
+    one's (rings,); below 0 is blur, above 0 grain."""
+    (low, high), (_, frequency, count) = BANDS[band], frequency_rings(*size)
     weight = count * ((frequency >= low) & (frequency < high))
     return 10 * (density @ weight / (real @ weight)).log10()

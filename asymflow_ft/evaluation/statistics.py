@@ -1,12 +1,14 @@
 """95 % intervals and verdicts. What varies is the prompts, each with all of its pictures; real pictures are fixed.
 
 A metric is a function of weights on the prompts, (R, P) with rows that sum to one, to (R,) values. Averages over
-pictures are resampled by the bootstrap; its percentiles are moved outwards for few prompts (Hesterberg 2015, section
-3.3). Distances between sets (FID, KID) leave out a group of prompts at a time, the jackknife: a bootstrap sample
-repeats pictures, which raises FID by as much again as its bias. Measured in simulations with a known truth (docs/
-evaluation.md): for averages of normal values 93 % of the intervals hold the truth with 5 prompts and 94 to 95 % from
-12 on, for strongly skewed ones 85 % with 12 and 91 % with 50; for FID and KID 93 to 100 % where the naive bootstrap
-of FID reached 0 %. An interval of FID is one of the mean FID at this number of pictures, not of FID without bias.
+pictures are resampled by the bootstrap; its percentiles are moved outwards for few prompts (Hesterberg 2015, the
+"expanded percentile"). Distances between sets (FID, KID) leave out a group of prompts at a time, the jackknife: a
+bootstrap sample repeats pictures, which raises FID by as much again as its bias.
+
+Measured in simulations with a known truth, the share of intervals that hold it: for averages of normal values 93 %
+with 5 prompts and 94 to 95 % from 12 on; of strongly skewed (log-normal) ones 85 % with 12 and 91 % with 50; for FID
+and KID 93 to 100 %, where the plain bootstrap of FID reached 0 %. The truth of an FID is its mean at this number of
+pictures.
 """
 
 import math
