@@ -7,6 +7,7 @@ KID draws random subsets; the sum over all pairs has the same mean and less nois
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -17,25 +18,30 @@ _ROWS = 1024
 
 @dataclass(frozen=True)
 class Reference:
-    """Real features (m, d) as a Gaussian: mean (d,), and `factor` (min(m, d), d) with factor' factor = covariance;
-    and their mean kernel value `within` over pairs of different pictures."""
+    """Real features (m, d), and their Gaussian: mean (d,) and `factor` (min(m, d), d), factor' factor = covariance."""
 
     features: Tensor
     mean: Tensor
     factor: Tensor
-    within: float
+
+    @cached_property
+    def within(self) -> float:
+        """Mean kernel value over pairs of different pictures."""
+        blocks = (kernel.sum() - kernel.diagonal(start).sum() for start, kernel in _kernel_rows(*[self.features] * 2))
+        return float(sum(blocks)) / (len(self.features) * (len(self.features) - 1))
 
 
 def reference(features: Tensor) -> Reference:
-    """Raises:
-    ValueError: fewer than two pictures."""
+    """
+    Raises:
+        ValueError: fewer than two pictures.
+    """
     x = features.double()
     if len(x) < 2:
-        raise ValueError(f"FID and KID need at least two real pictures, got {len(x)}")
+        raise ValueError(f"FID and KID need at least two real pictures, got {len(x)}; give more with --real")
     centred = (x - x.mean(0)) / (len(x) - 1) ** 0.5
     factor = torch.linalg.qr(centred, mode="r").R if len(x) > x.shape[1] else centred
-    total = sum(kernel.sum() - kernel.diagonal(start).sum() for start, kernel in _kernel_rows(x, x))
-    return Reference(x, x.mean(0), factor, float(total) / (len(x) * (len(x) - 1)))
+    return Reference(x, x.mean(0), factor)
 
 
 def frechet_distance(features: Tensor, real: Reference, weights: Tensor, title: str = "FID") -> Tensor:
@@ -50,13 +56,11 @@ def frechet_distance(features: Tensor, real: Reference, weights: Tensor, title: 
     Returns:
         (R,) float64.
     """
-    x = features.double()
-    count, (_, per_prompt, dim) = len(weights), x.shape
-    projected = x.reshape(-1, dim) @ real.factor.T
-    x = x.reshape(-1, dim)
-    values = torch.empty(count, dtype=torch.float64)
-    for i in tqdm(range(count), desc=title, leave=False, mininterval=1):
-        w = (weights[i] / per_prompt).repeat_interleave(per_prompt)
+    per_prompt, x = features.shape[1], features.double().flatten(0, 1)
+    projected = x @ real.factor.T
+    values = torch.empty(len(weights), dtype=torch.float64)
+    for i, row in enumerate(tqdm(weights, desc=title, leave=False, mininterval=1)):
+        w = (row / per_prompt).repeat_interleave(per_prompt)
         kept = w > 0
         w, seen = w[kept], x[kept]
         unbiased = 1 / (1 - w.square().sum())
@@ -81,16 +85,15 @@ def kernel_distance(features: Tensor, real: Reference, weights: Tensor) -> Tenso
     Returns:
         (R,) float64.
     """
-    x = features.double()
-    prompts, per_prompt, dim = x.shape
-    flat, w = x.reshape(-1, dim), (weights / per_prompt).repeat_interleave(per_prompt, 1)
+    per_prompt, x = features.shape[1], features.double().flatten(0, 1)
+    w = (weights / per_prompt).repeat_interleave(per_prompt, 1)
     within, across = torch.zeros(len(w), dtype=torch.float64), torch.zeros(len(w), dtype=torch.float64)
-    prompt = torch.arange(prompts).repeat_interleave(per_prompt)
-    for start, kernel in _kernel_rows(flat, flat):
+    prompt = torch.arange(len(features)).repeat_interleave(per_prompt)
+    for start, kernel in _kernel_rows(x, x):
         rows = slice(start, start + len(kernel))
         kernel[prompt[rows, None] == prompt] = 0
         within += ((w[:, rows] @ kernel) * w).sum(1)
-    for start, kernel in _kernel_rows(flat, real.features):
+    for start, kernel in _kernel_rows(x, real.features):
         across += w[:, start : start + len(kernel)] @ kernel.mean(1)
     return within / (1 - weights.square().sum(1)) + real.within - 2 * across
 

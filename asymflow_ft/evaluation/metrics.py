@@ -1,29 +1,27 @@
 """Which metrics there are, and all of them of several models' pictures, with intervals and verdicts."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from asymflow_ft.evaluation import scorers, spectrum, statistics
-from asymflow_ft.evaluation.distribution import frechet_distance, kernel_distance, reference
+from asymflow_ft.evaluation import scorers, spectrum
+from asymflow_ft.evaluation.comparison import FEW_PROMPTS, Column, compare_means, compare_sets
+from asymflow_ft.evaluation.distribution import reference
 from asymflow_ft.evaluation.features import Features
-from asymflow_ft.evaluation.observe import RETRIEVAL_DEPTH, Observed, References, fit, observe
+from asymflow_ft.evaluation.observe import RETRIEVAL_DEPTH, Observed, References, observe
 from asymflow_ft.evaluation.results import Difference, Metric, Value
-from asymflow_ft.evaluation.retrieval import thumbnails
-from asymflow_ft.evaluation.scorers import Picture, open_picture
+from asymflow_ft.evaluation.scorers import Picture
 
 if TYPE_CHECKING:
     from asymflow_ft.evaluation.suites import Prompt
 
 DEFAULT_CLIP = "openai/clip-vit-large-patch14"
-FEW_PROMPTS, CATEGORY_PROMPTS = 10, 8
-BIAS_SHARE = 0.1  # of FID, from which on its bias is worth a warning
 METRICS = {metric.key: metric for metric in (
     Metric("fid", "FID", "lower", "Fréchet distance of the features of all pictures to those of the real ones",
            "too high by an amount that shrinks with the number of pictures: compare equal numbers only"),
@@ -130,7 +128,8 @@ def measure(
     Raises:
         ValueError: as in `check_metrics`; a missing extra; models with different numbers of pictures.
     """
-    own = [picture for picture in references if picture is not None]
+    known = [p for p, picture in enumerate(references) if picture is not None]
+    own = [partial(references.__getitem__, p) for p in known]  # opened when needed: they may not all fit into memory
     check_metrics(names, bool(real), bool(own), features.name if features else None)
     counts = {len(row) for rows in pictures.values() for row in rows}
     if len(counts) != 1 or 0 in counts or any(len(rows) != len(prompts) for rows in pictures.values()):
@@ -145,32 +144,33 @@ def measure(
     if real:
         truth = look("real pictures", real, [None] * len(real), alone)
     if own:
-        wanted = [*([] if real else alone), *(["feature_distance"] if "feature_distance" in names else [])]
-        seen_own = look("reference pictures", own, [None] * len(own), wanted)
+        wanted = [key for key in ("feature_distance", "thumbnail") if key == "thumbnail" or key in names]
+        seen_own = look("reference pictures", own, [None] * len(own), [*wanted, *([] if real else alone)])
         truth = truth or seen_own
-        own_features = seen_own.parts["features"][:, 0] if "feature_distance" in names else None
-        beside = References(own, thumbnails([fit(open_picture(image), at) for image in own]), own_features)
-    number = iter(range(len(own)))
-    targets = [None if picture is None else next(number) for picture in references]
-    seen = {
-        model: look(model, [p for row in rows for p in row], [t for t in targets for _ in range(per_prompt)], names)
-        for model, rows in pictures.items()
-    }
-    scores = _text_scores(pictures, prompts, references, names, device, clip)
+        beside = References(own, seen_own.parts["thumbnail"], seen_own.parts.get("features"))
+    targets = {p: number for number, p in enumerate(known)}
+    of = [targets.get(p) for p in range(len(prompts)) for _ in range(per_prompt)]
+    seen = {model: look(model, [file for row in rows for file in row], of, names) for model, rows in pictures.items()}
+    scores = _text_scores(pictures, prompts, [(prompts[p].text, own[targets[p]]) for p in known], names, device, clip)
 
     values: list[Value] = []
     differences: list[Difference] = []
-    warnings = _warnings(len(prompts), own, names, truth, at)
+    warnings = _warnings(len(prompts), len(own), names, truth, at)
     for key in names:
-        if key in _SETS and len(prompts) < 2:
-            warnings.append(f"{METRICS[key].title} needs at least two prompts and was left out")
-        elif key in _SETS:
-            assert truth is not None and features is not None
-            new = _compare_sets(METRICS[key], seen, truth, len(prompts), per_prompt, seed)
-            warnings += new[2]
-        else:
+        if key not in _SETS:
             column = _column(key, seen, truth, scores, len(prompts), at)
-            new = _compare_means(METRICS[key], column, prompts, per_prompt, seed)
+            new = compare_means(METRICS[key], column, prompts, per_prompt, seed)
+        elif len(prompts) < 2:
+            warnings.append(f"{METRICS[key].title} needs at least two prompts and was left out")
+            continue
+        else:
+            assert truth is not None
+            part, grid = _SETS[key], (len(prompts), per_prompt)
+            sets = {model: one.parts[part].unflatten(0, grid).flatten(1, 2) for model, one in seen.items()}
+            *new, biases = compare_sets(
+                METRICS[key], sets, reference(truth.parts[part].flatten(0, 1)), per_prompt, seed
+            )
+            warnings += biases
         values += new[0]
         differences += new[1]
     spectra = {}
@@ -180,40 +180,29 @@ def measure(
     return Measured([METRICS[key] for key in names], values, differences, spectra, warnings)
 
 
-@dataclass(frozen=True)
-class _Column:
-    """A metric that is a number of an average: `rows` (P, c) of each model, NaN where a prompt has no reference, whose
-    mean over prompts `reduce` makes a number. `target`: the real pictures' own, if there is one. `real`: rows (M, c)
-    of the real pictures, for their own value."""
-
-    rows: dict[str, Tensor]
-    reduce: Callable[[Tensor], Tensor]
-    target: float | None = None
-    real: Tensor | None = None
-
-
 def _column(
     key: str, seen: dict[str, Observed], truth: Observed | None, scores: dict[str, dict[str, Tensor]], prompts: int,
     at: tuple[int, int],
-) -> _Column:  # fmt: skip
+) -> Column:  # fmt: skip
     def first(mean: Tensor) -> Tensor:
         return mean[:, 0]
 
     if key in _TEXT:
         rows = dict(scores[key])
         real = rows.pop("real").double()
-        return _Column({m: _per_prompt(r, prompts) for m, r in rows.items()}, first, None, real if len(real) else None)
+        return Column({m: _per_prompt(r, prompts) for m, r in rows.items()}, first, None, real if len(real) else None)
     part = "spectrum" if key in _SPECTRAL else key
     rows = {model: _per_prompt(observed.parts[part], prompts) for model, observed in seen.items()}
     if key in _SPECTRAL:
         assert truth is not None
         spectra = truth.parts["spectrum"]
         if key == "spectrum_error":
-            return _Column(rows, partial(spectrum.spectrum_error, real=spectra.mean(0)))
+            return Column(rows, partial(spectrum.spectrum_error, real=spectra.mean(0)), by_category=False)
         level = partial(spectrum.band_level, real=spectra.mean(0), size=at[::-1], band=key)
-        return _Column(rows, level, 0.0, spectra)
+        return Column(rows, level, 0.0, spectra, by_category=False)
     real = truth.parts[key].double() if truth is not None and key in truth.parts else None
-    return _Column(rows, first, real.mean().item() if real is not None else None, real)
+    target = real.mean().item() if real is not None else None
+    return Column(rows, first, target, real, by_category=METRICS[key].better != "closer")
 
 
 def _per_prompt(rows: Tensor, prompts: int) -> Tensor:
@@ -221,101 +210,15 @@ def _per_prompt(rows: Tensor, prompts: int) -> Tensor:
     return rows.double().reshape(prompts, -1, rows.shape[-1]).mean(1)
 
 
-def _compare_means(
-    metric: Metric, column: _Column, prompts: "Sequence[Prompt]", per_prompt: int, seed: int
-) -> tuple[list[Value], list[Difference]]:
-    """Over all prompts and, of scores of single pictures that need no real ones, over each category's."""
-    usable = next(iter(column.rows.values())).isfinite().all(1).nonzero()[:, 0].tolist()
-    groups: dict[str | None, list[int]] = {None: usable}
-    for p in usable:
-        category = prompts[p].category
-        if category is not None and metric.better != "closer" and metric.key not in _SPECTRAL:
-            groups.setdefault(category, []).append(p)
-    values: list[Value] = []
-    differences: list[Difference] = []
-
-    def estimate(rows: Tensor) -> tuple[statistics.Estimate, statistics.Interval]:
-        weights = statistics.bootstrap_weights(len(rows), seed)
-        found = statistics.estimate(lambda w: column.reduce(w @ rows), weights)
-        return found, statistics.bootstrap_interval(found, len(rows))
-
-    for category, members in groups.items():
-        if category is not None and len(members) < CATEGORY_PROMPTS:
-            continue
-        found = {}
-        for model, rows in column.rows.items():
-            found[model], interval = estimate(rows[members])
-            count = len(members) * per_prompt
-            values.append(Value(metric.key, model, found[model].value, *interval, count, category))
-        asked, *others = found
-        if metric.better == "closer" and column.target is None:
-            continue  # nothing to be close to
-        for other in others:
-            change = found[asked].minus(found[other])
-            interval = judged = statistics.bootstrap_interval(change, len(members))
-            better: Literal["higher", "lower"] = "higher" if metric.better == "higher" else "lower"
-            if metric.better == "closer" and column.target is not None:
-                away = found[asked].distance(column.target).minus(found[other].distance(column.target))
-                judged = statistics.bootstrap_interval(away, len(members))
-            word = statistics.verdict(judged, better) if len(members) > 1 else "no difference seen"
-            differences.append(Difference(metric.key, asked, other, change.value, *interval, word, category))
-    if column.real is not None:
-        own, interval = estimate(column.real)
-        values.append(Value(metric.key, "real", own.value, *interval, len(column.real)))
-    return values, differences
-
-
-def _compare_sets(
-    metric: Metric, seen: dict[str, Observed], truth: Observed, prompts: int, per_prompt: int, seed: int
-) -> tuple[list[Value], list[Difference], list[str]]:
-    part = _SETS[metric.key]
-    real = reference(truth.parts[part].flatten(0, 1))
-    weights = statistics.jackknife_weights(prompts, seed)
-    found: dict[str, statistics.Estimate] = {}
-    values, differences, warnings, biases = [], [], [], []
-    dim, count = real.features.shape[1], prompts * per_prompt
-    for model, observed in seen.items():
-        features = observed.parts[part].reshape(prompts, -1, dim)
-        if metric.key == "kid":
-            found[model] = statistics.estimate(lambda w, x=features: kernel_distance(x, real, w), weights)
-        else:
-            title = f"{metric.title} of {model}"
-            found[model] = statistics.estimate(lambda w, x=features, t=title: frechet_distance(x, real, w, t), weights)
-            bias = statistics.jackknife_bias(found[model])
-            if bias > BIAS_SHARE * found[model].value:
-                biases.append(f"{bias:.2g} of {found[model].value:.4g} ({model})")
-        interval = statistics.jackknife_interval(found[model])
-        values.append(Value(metric.key, model, found[model].value, *interval, count))
-    if biases:
-        warnings.append(
-            f"{metric.title} is too high for want of pictures, by about {', '.join(biases)}: compare it with equal "
-            f"numbers of pictures alone; KID has no such bias ({features.shape[0] * features.shape[1]} vectors of "
-            f"{dim} features)"
-        )
-    if metric.key != "kid" and len(real.features) <= dim:
-        warnings.append(
-            f"{metric.title}: {len(real.features)} real vectors of {dim} features do not fill their space, which "
-            "raises it further; use more real pictures, or KID"
-        )
-    asked, *others = found
-    for other in others:
-        change = found[asked].minus(found[other])
-        interval = statistics.jackknife_interval(change)
-        word = statistics.verdict(interval, "lower")
-        differences.append(Difference(metric.key, asked, other, change.value, *interval, word))
-    return values, differences, warnings
-
-
 def _text_scores(
-    pictures: dict[str, list[list[Path]]], prompts: "Sequence[Prompt]", references: Sequence[Image.Image | None],
+    pictures: dict[str, list[list[Path]]], prompts: "Sequence[Prompt]", known: list[tuple[str, Picture]],
     names: Sequence[str], device: torch.device | str, clip: str,
 ) -> dict[str, dict[str, Tensor]]:  # fmt: skip
-    """By metric and model, (P * K, 1); "real" are the references with their own prompts."""
+    """By metric and model, (P * K, 1); "real" are the references, `known` with their prompts."""
     score = {
         "clip": partial(scorers.clip_scores, model=clip, device=device),
         "hpsv2": partial(scorers.hpsv2_scores, device=device), "hpsv3": partial(scorers.hpsv3_scores, device=device),
     }  # fmt: skip
-    known = [(prompt.text, picture) for prompt, picture in zip(prompts, references, strict=True) if picture]
     tasks: dict[str, list[tuple[str, Picture]]] = {
         model: [(prompt.text, picture) for prompt, row in zip(prompts, rows, strict=True) for picture in row]
         for model, rows in pictures.items()
@@ -330,7 +233,7 @@ def _text_scores(
 
 
 def _warnings(
-    prompts: int, own: Sequence[Image.Image], names: Sequence[str], truth: Observed | None, at: tuple[int, int]
+    prompts: int, references: int, names: Sequence[str], truth: Observed | None, at: tuple[int, int]
 ) -> list[str]:
     found = []
     if prompts == 1:
@@ -342,7 +245,7 @@ def _warnings(
             f"{truth.enlarged} of the real pictures are smaller than {at[0]}x{at[1]} and were enlarged: "
             "sharpness and spectra compare with pictures softer than real ones"
         )
-    if "retrieval_at_5" in names and len(own) < 4 * RETRIEVAL_DEPTH:
-        chance = min(1, RETRIEVAL_DEPTH / len(own))
-        found.append(f"retrieval@5 among {len(own)} references says little: chance is {chance:.0%}")
+    if "retrieval_at_5" in names and references < 4 * RETRIEVAL_DEPTH:
+        chance = min(1, RETRIEVAL_DEPTH / references)
+        found.append(f"retrieval@5 among {references} references says little: chance is {chance:.0%}")
     return found

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from asymflow_ft.components.color import rgb_tensor
 from asymflow_ft.evaluation.features import Features
-from asymflow_ft.evaluation.retrieval import picture_error, retrieval_rank, sharpness
+from asymflow_ft.evaluation.retrieval import picture_error, retrieval_rank, sharpness, thumbnails
 from asymflow_ft.evaluation.scorers import Picture, open_lpips, open_picture
 from asymflow_ft.evaluation.spectrum import BANDS, power_spectra
 
@@ -22,17 +22,17 @@ _INCEPTION_SIDE = 299  # a patch that Inception does not resize
 
 @dataclass(frozen=True)
 class References:
-    """Pictures that prompts are captions of: themselves, their thumbnails (M, 3, S, S) and features (M, d)."""
+    """Pictures that prompts are captions of: themselves, their thumbnails (M, 3, S, S) and features (M, 1, d)."""
 
-    pictures: Sequence[Image.Image]
+    pictures: Sequence[Picture]
     gallery: Tensor
     features: Tensor | None
 
 
 @dataclass(frozen=True)
 class Observed:
-    """Of N pictures: "features" (N, 1, d), "patches" (N, patches, d), "spectrum" (N, rings), and (N, 1) under the keys
-    of metrics, NaN where a picture has no reference. `enlarged`: how many were smaller than what they are seen at."""
+    """Of N pictures: "features" (N, 1, d), "patches" (N, patches, d), "spectrum" (N, rings), "thumbnail" (N, 3, S, S),
+    and (N, 1) under the keys of metrics, NaN where a picture has no reference. `enlarged`: how many were smaller than what they are seen at."""
 
     parts: dict[str, Tensor]
     enlarged: int
@@ -58,7 +58,8 @@ def observe(
 ) -> Observed:  # fmt: skip
     """
     Args:
-        targets: of each picture, which reference is its own. names: keys of the metrics that are asked for.
+        targets: of each picture, which reference is its own. names: keys of the metrics that are asked for, and
+            "thumbnail" for those of `References`.
         at: (width, height) that pictures are seen at.
     """
     distance = open_lpips(device) if "lpips" in names else None
@@ -77,6 +78,8 @@ def observe(
             parts["patches"] = features(cut.flatten(0, 1)).reshape(*cut.shape[:2], features.dim)
         if {"spectrum_error", *BANDS} & set(names):
             parts["spectrum"] = power_spectra(rgb)
+        if "thumbnail" in names:
+            parts["thumbnail"] = thumbnails(images)
         if "sharpness" in names:
             parts["sharpness"] = torch.tensor([[sharpness([image])] for image in images])
         own = [(i, t) for i, t in enumerate(targets[start : start + _BATCH]) if t is not None]
@@ -90,7 +93,7 @@ def observe(
                 if distance is not None:
                     beside["lpips"] = distance(rgb[index], other)
             if own and "feature_distance" in names and references.features is not None:
-                alike = torch.cosine_similarity(parts["features"][index, 0], references.features[right])
+                alike = torch.cosine_similarity(parts["features"][index, 0], references.features[right, 0])
                 beside["feature_distance"] = 1 - alike
             if own and "picture_error" in names:
                 errors = [

@@ -15,16 +15,16 @@ from tqdm import tqdm
 
 from asymflow_ft.evaluation.features import opening
 
-Picture = Path | Image.Image
+Picture = Path | Image.Image | Callable[[], Image.Image]  # the last is opened when it is looked at
 _BATCH = 16
 HPSV3_PYTHON = "ASYMFLOW_HPSV3_PYTHON"
 
 
 def open_picture(picture: Picture) -> Image.Image:
-    if isinstance(picture, Image.Image):
-        return picture.convert("RGB")
-    with Image.open(picture) as stored:
-        return stored.convert("RGB")
+    if isinstance(picture, Path):
+        with Image.open(picture) as stored:
+            return stored.convert("RGB")
+    return (picture if isinstance(picture, Image.Image) else picture()).convert("RGB")
 
 
 @torch.no_grad()
@@ -102,7 +102,7 @@ def hpsv3_scores(texts: Sequence[str], pictures: Sequence[Picture], device: torc
         for i, picture in enumerate(pictures):
             files.append(picture if isinstance(picture, Path) else Path(folder) / f"{i}.png")
             if not isinstance(picture, Path):
-                picture.save(files[-1])
+                open_picture(picture).save(files[-1])
         tasks = Path(folder) / "tasks.jsonl"
         rows = [{"prompt": t, "file": str(f.resolve())} for t, f in zip(texts, files, strict=True)]
         tasks.write_text("".join(json.dumps(row) + "\n" for row in rows))
