@@ -1,0 +1,327 @@
+"""Draw with several models, measure, report.
+
+The unit of work is a picture, OUT/images/<model>/<prompt id>-<k>.png, which is there whole or not at all: the same
+command draws what is missing, under `accelerate launch` shared between processes, and then scores everything anew.
+"""
+
+import io
+import json
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from PIL import Image
+from tqdm import tqdm
+
+from asymflow_ft.data.buckets import fit_image
+from asymflow_ft.data.scan import read_index, scan, stamp
+from asymflow_ft.data.source import Images, open_sources
+from asymflow_ft.drawing import Drawing, Drawn, Model, Wanted, draw, name_models, open_models
+from asymflow_ft.evaluation import results as found
+from asymflow_ft.evaluation.benchmarks import dpg, geneval, hpsv3
+from asymflow_ft.evaluation.features import open_features
+from asymflow_ft.evaluation.metrics import default_metrics, measure
+from asymflow_ft.evaluation.report import write_report
+from asymflow_ft.evaluation.results import Results, save_results
+from asymflow_ft.evaluation.suites import Prompt, Suite
+from asymflow_ft.hub.provenance import versions
+from asymflow_ft.recipe import Data, load_recipe
+from asymflow_ft.training.checkpoint import write_whole
+from asymflow_ft.training.run import PNG_BYTES_PER_PIXEL, claim_folder, process_state, read_lines
+
+SETTINGS, PROMPTS = "settings.json", "prompts.json"
+BENCHMARKS: dict[str, ModuleType] = {"geneval": geneval, "dpg": dpg, "hpsv3": hpsv3}
+Say = Callable[[str], None]
+Pictures = dict[str, list[list[Path]]]  # files by model, prompt and number
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How pictures are measured. real: a source as in docs/data.md, or a recipe, whose data it is then. metrics: keys,
+    None for all that can be measured. features: see `open_features`, None: as the metrics need them."""
+
+    real: str | None = None
+    metrics: tuple[str, ...] | None = None
+    features: str | None = None
+
+
+def evaluate(
+    pipeline: str, against: Sequence[str], suite: Suite, out: Path, how: Drawing, scoring: Scoring,
+    num: int | None = None, per_prompt: int | None = None, size: int | None = None, batch_size: int = 4,
+    say: Say = tqdm.write,
+) -> Results | None:  # fmt: skip
+    """Evaluate a model, beside others, on a suite of prompts; continues what is in `out`.
+
+    Args:
+        pipeline, against: [NAME=]MODEL, see `name_models` and `open_models`. num: prompts, spread evenly over the
+            suite; None: all. per_prompt: pictures; None: as the suite wants. size: see `open_models`.
+        say: takes the lines to print; called in the main process alone.
+
+    Returns:
+        What was found, in the main process; None in the others.
+
+    Raises:
+        ValueError: a setting is out of range or differs from those of the pictures in `out`, a model or the real
+            pictures cannot be opened, or the disk cannot hold the pictures.
+    """
+    per_prompt = suite.per_prompt if per_prompt is None else per_prompt
+    if min(batch_size, per_prompt, 1 if num is None else num) < 1:
+        raise ValueError(f"--num {num}, --per-prompt {per_prompt} and --batch-size {batch_size} must be positive")
+    suite = replace(suite, prompts=spread(suite.prompts, num), per_prompt=per_prompt)
+    named = name_models([pipeline, *against])
+    state = process_state()
+    with state.main_process_first():
+        images = None if scoring.real is None else _open_real(scoring.real)
+        models, warnings = open_models(named, size)
+        _claim(out, models, how, suite.prompts, per_prompt)
+    pictures = draw_all(models, how, suite, out, batch_size, state, say)
+    state.wait_for_everyone()
+    if not state.is_main_process:
+        return None
+    result = _score(models, how, suite, pictures, images, scoring, out, warnings, state.device, say)
+    save_results(result, out / "results.json")
+    write_report(result, out)
+    return result
+
+
+def spread(prompts: Sequence[Prompt], num: int | None) -> list[Prompt]:
+    """`num` prompts evenly from all, for suites are sorted by category; twice as many contain these."""
+    count = len(prompts) if num is None else min(num, len(prompts))
+    return [prompts[i * len(prompts) // count] for i in range(count)]
+
+
+def files_of(out: Path, name: str, suite: Suite) -> list[list[Path]]:
+    """Where a model's pictures lie, by prompt and number."""
+    folder = out / "images" / name
+    return [[folder / f"{prompt.id}-{k}.png" for k in range(suite.per_prompt)] for prompt in suite.prompts]
+
+
+def draw_all(
+    models: Sequence[Model], how: Drawing, suite: Suite, out: Path, batch_size: int, state: PartialState, say: Say
+) -> Pictures:
+    """Draw what is missing, this process its share of it, one model after another."""
+    files = {model.name: files_of(out, model.name, suite) for model in models}
+    todo = {
+        model.name: [
+            Wanted(prompt.text, k, file)
+            for prompt, row in zip(suite.prompts, files[model.name], strict=True)
+            for k, file in enumerate(row)
+            if not file.is_file()
+        ]
+        for model in models
+    }
+    state.wait_for_everyone()  # before anyone finishes a picture, which would change the others' lists
+    if state.is_main_process:
+        say(_check_disk(out, [model.size for model in models for _ in todo[model.name]]))
+    for model in models:
+        own = todo[model.name][state.process_index :: state.num_processes]
+        with tqdm(total=len(own), desc=model.name, unit="picture", disable=not (own and state.is_main_process)) as bar:
+            for drawn in draw(model, how, own, batch_size, state.device, state.is_main_process):
+                _keep(out, model.name, drawn)
+                bar.update(len(drawn.wanted))
+    return files
+
+
+def _keep(out: Path, name: str, drawn: Drawn) -> None:
+    """Write a batch: first what it cost, so that no picture is without."""
+    files = [one.file for one in drawn.wanted]
+    line = {
+        "pictures": [file.stem for file in files], "seconds": drawn.seconds, "first": drawn.first,
+        "memory_gb": drawn.memory_gb, "parameters": drawn.parameters,
+        "not_finite": [file.stem for file, finite in zip(files, drawn.finite, strict=True) if not finite],
+    }  # fmt: skip
+    costs = out / "costs" / f"{name}.jsonl"
+    costs.parent.mkdir(exist_ok=True)
+    with open(costs, "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+    for file, picture in zip(files, drawn.pictures, strict=True):
+        content = io.BytesIO()
+        picture.save(content, format="png")
+        write_whole(file, content.getvalue())
+
+
+def _claim(out: Path, models: Sequence[Model], how: Drawing, prompts: Sequence[Prompt], per_prompt: int) -> None:
+    """Make `out`, or check that its pictures were drawn alike; models and prompts may come to those there."""
+    settings = asdict(how)
+    for model in models:
+        settings |= {f"{model.name}.{key}": value for key, value in model.settings().items()}
+    advice = (
+        "use the same settings to continue, give a changed model another name (NAME=MODEL), or choose another --out"
+    )
+    claim_folder(out, SETTINGS, settings, advice, may_grow=True)
+    file = out / PROMPTS
+    before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    for prompt in prompts:
+        if before.get(prompt.id, prompt.text) != prompt.text:
+            raise ValueError(
+                f"{out} holds pictures of the prompt {prompt.id} with the text {before[prompt.id]!r}, and now it is "
+                f"{prompt.text!r}; give it another id, or choose another --out"
+            )
+    ids = {text: id for id, text in before.items()}
+    for prompt in prompts:  # one that has moved in its file has another id, and its pictures are there
+        if prompt.id not in before and prompt.text in ids:
+            for model in models:
+                for k in range(per_prompt):
+                    old, new = (out / "images" / model.name / f"{id}-{k}.png" for id in (ids[prompt.text], prompt.id))
+                    if old.is_file() and not new.is_file():
+                        write_whole(new, old.read_bytes())
+    now = before | {prompt.id: prompt.text for prompt in prompts}
+    if now != before:
+        write_whole(file, (json.dumps(now, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def _check_disk(out: Path, sides: Sequence[int]) -> str:
+    """One line about the pictures to draw, given by their sides, and their space on the disk."""
+    if not sides:
+        return f"{out} holds all pictures"
+    need, free = PNG_BYTES_PER_PIXEL * sum(side**2 for side in sides), shutil.disk_usage(out).free
+    line = f"{len(sides)} pictures to draw: about {need / 1e6:,.0f} MB in {out}, where {free / 1e6:,.0f} MB are free"
+    if need > free:
+        raise ValueError(f"{line}; free some space, or choose another --out, a smaller --num or --per-prompt")
+    return line
+
+
+class RealPictures(Sequence[Image.Image | None]):
+    """Rows of real images as the models' pictures are compared, decoded when asked for; None where there is no row."""
+
+    def __init__(self, images: Images, rows: Sequence[int | None], size: tuple[int, int]):
+        self.images, self.rows, self.size = images, rows, size
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        row = self.rows[index]
+        return None if row is None else fit_image(self.images.image(row), self.size)
+
+
+def _open_real(source: str) -> Images:
+    if source.endswith((".yaml", ".yml")):
+        recipe = load_recipe(source)
+        return open_sources(recipe.data, stream_folder=recipe.stream_folder)
+    data = Data(source=source)
+    try:
+        return open_sources(data)
+    except ValueError:
+        return open_sources(data, captions=False)  # raises for what is no set of images either
+
+
+def _rows(images: Images, prompts: Sequence[Prompt], out: Path) -> tuple[list[int], list[int | None], list[str]]:
+    """Usable rows of the real images, the row whose caption is each prompt, and warnings."""
+    scan(images, range(len(images)), out / "real")
+    index = read_index(out / "real")
+    faults = {row: index[stamp(images, row)].error for row in range(len(images))}
+    usable = [row for row, fault in faults.items() if not fault]
+    bad = [fault for fault in faults.values() if fault]
+    if not usable:
+        raise ValueError(
+            f"none of the {len(images)} real images can be used, such as {bad[0]}; give others with --real"
+        )
+    warnings = [f"{len(bad)} real images cannot be used and are left out, such as {bad[0]}"] if bad else []
+    by_caption = {caption.strip(): row for row in reversed(usable) for caption in images.captions(row)}
+    return usable, [by_caption.get(prompt.text.strip()) for prompt in prompts], warnings
+
+
+def _score(
+    models: Sequence[Model], how: Drawing, suite: Suite, pictures: Pictures, images: Images | None, scoring: Scoring,
+    out: Path, warnings: Sequence[str], device: torch.device, say: Say,
+) -> Results:  # fmt: skip
+    sides = {model.name: model.size for model in models}
+    at = (min(sides.values()),) * 2
+    notes = [*suite.warnings, *warnings]
+    if len(set(sides.values())) > 1:
+        listed = ", ".join(f"{name} {side}x{side}" for name, side in sides.items())
+        notes.append(f"pictures of different sizes ({listed}) are compared at {at[0]}x{at[1]}, after resizing")
+    real, references = None, [None] * len(suite.prompts)
+    if images is not None:
+        usable, paired, more = _rows(images, suite.prompts, out)
+        real, references = RealPictures(images, usable, at), RealPictures(images, paired, at)
+        notes += more
+    paired_any = any(one is not None for one in (references.rows if images is not None else ()))
+    features = None if scoring.features is None else open_features(scoring.features, device)
+    names = scoring.metrics or default_metrics(real is not None, paired_any, scoring.features)
+    measured = measure(pictures, suite.prompts, real, references, names, features, at, how.seed, str(device))
+    costs = [_model(out, model, suite) for model in models]
+    return Results(
+        suite.name, [cost for cost, _ in costs],
+        [{"id": p.id, "text": p.text, "category": p.category} for p in suite.prompts], suite.per_prompt, at,
+        measured.metrics, measured.values, measured.differences, measured.spectra,
+        {**asdict(how), "models": {model.name: model.settings() for model in models}}, versions(),
+        [*notes, *(note for _, more in costs for note in more), *measured.warnings],
+        _benchmarks(suite, pictures, out, say),
+    )  # fmt: skip
+
+
+def _model(out: Path, model: Model, suite: Suite) -> tuple[found.Model, list[str]]:
+    """What a model's pictures cost, and a warning of those that are not finite."""
+    lines = read_lines(out / "costs" / f"{model.name}.jsonl")
+    steady = [line["seconds"] for line in lines if not line["first"] for _ in line["pictures"]]
+    seconds = steady or [line["seconds"] for line in lines] or [math.nan]
+    low, middle, high = np.quantile(seconds, (0.25, 0.5, 0.75)).tolist()
+    parameters, memory = (max((line[key] for line in lines), default=0) for key in ("parameters", "memory_gb"))
+    side, names = model.size, {file.stem for row in files_of(out, model.name, suite) for file in row}
+    broken = sorted({name for line in lines for name in line["not_finite"]} & names)
+    warnings = []
+    if broken:
+        warnings.append(
+            f"{len(broken)} of {len(names)} pictures of {model.name} held NaN or infinity and count as they came out: "
+            f"{', '.join(broken[:5])}{' ...' if broken[5:] else ''}; --dtype float32 may help"
+        )
+    return found.Model(
+        model.name, model.given, model.kind, (side, side), parameters, len(names), (low, middle, high), memory
+    ), warnings  # fmt: skip
+
+
+def _benchmarks(suite: Suite, pictures: Pictures, out: Path, say: Say) -> dict[str, dict[str, dict[str, float]]]:
+    """The official layout of each model's pictures, and the official scores that lie there by now."""
+    kind = BENCHMARKS.get(suite.name)
+    scores: dict[str, dict[str, float]] = {}
+    for name, rows in pictures.items() if kind else ():
+        folder = out / suite.name / name
+        kind.write_layout(suite, rows, folder)
+        scored = kind.read_scores(folder)
+        if scored is None:
+            say(kind.how_to_score(folder))
+        else:
+            scores[name] = scored
+    return {suite.name: scores} if scores else {}
+
+
+def describe(results: Results, out: Path) -> str:
+    """The results in a few lines for a terminal."""
+    names = [model.name for model in results.models]
+    shown = [*names, "real"] if any(value.model == "real" for value in results.values) else names
+    rows = [["", *shown]]
+    for metric in results.metrics:
+        values = [results.value(metric.key, name) for name in shown]
+        rows.append(
+            [metric.title, *("" if v is None else f"{v.value:.4g} [{v.low:.4g}, {v.high:.4g}]" for v in values)]
+        )
+    rows.append(["seconds per picture", *(f"{model.seconds[1]:.3g}" for model in results.models)])
+    rows.append(["memory in GB", *(f"{model.memory_gb:.3g}" for model in results.models)])
+    widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(len(shown) + 1)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip() for row in rows]
+    lines += [f"warning: {warning}" for warning in results.warnings]
+    lines += [verdict(results, name) for name in names[1:]]
+    return "\n".join([*lines, f"report: {out / 'report.html'}"])
+
+
+def verdict(results: Results, against: str) -> str:
+    """In one sentence, what the first model is better in than another."""
+    titles = {metric.key: metric.title for metric in results.metrics}
+    kinds = {"better": "better in", "worse": "worse in", "no difference seen": "no difference seen in"}
+    parts = []
+    for kind, words in kinds.items():
+        same = [
+            titles[d.metric] for d in results.differences
+            if d.against == against and d.verdict == kind and d.category is None
+        ]  # fmt: skip
+        parts += [f"{words} {', '.join(same)}"] if same else []
+    return f"{results.models[0].name} against {against}: {'; '.join(parts) or 'no metric compares them'}"
