@@ -215,7 +215,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--real", metavar="SOURCE", help="real images, a source as in docs/data.md or a recipe with one; those whose "
         "caption is a prompt are compared with its pictures",
     )  # fmt: skip
-    command.add_argument("--num", type=int, help="prompts, spread evenly over the suite (default: all)")
+    command.add_argument("--num", type=int, help="so many of the prompts, of all categories alike (default: all)")
     command.add_argument("--per-prompt", type=int, help="pictures per prompt (default: 1, 4 where a suite wants them)")
     command.add_argument("--size", type=int, help="side of all pictures in pixels (default: each model's own)")
     command.add_argument("--steps", type=int, default=38, help="solver steps (default: 38)")

@@ -17,9 +17,9 @@ from asymflow_ft.data.decode import decode
 from asymflow_ft.data.source import open_sources
 from asymflow_ft.drawing import Drawing
 from asymflow_ft.evaluate import Scoring, evaluate
-from asymflow_ft.evaluate import describe as describe_evaluation
 from asymflow_ft.evaluation.pictures import contact_sheet
 from asymflow_ft.evaluation.suites import load_suite
+from asymflow_ft.evaluation.summary import describe as describe_results
 from asymflow_ft.export import export_any, load_pixel_pipeline
 from asymflow_ft.families import describe_families, family_of
 from asymflow_ft.hub.forms import add_loras
@@ -181,7 +181,7 @@ def run_evaluate(args: argparse.Namespace) -> int | None:
         print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
         return 130
     if results is not None:
-        print(describe_evaluation(results, args.out))
+        print(describe_results(results, args.out / "report.html"))
     return None
 
 

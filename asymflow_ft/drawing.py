@@ -2,6 +2,7 @@
 prompt's text and k alone: a latent base gets the projection of the noise that a pixel model gets."""
 
 import hashlib
+import itertools
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -110,21 +111,20 @@ def name_models(given: Sequence[str]) -> list[tuple[str, str]]:
     Raises:
         ValueError: a name that is given twice, or that no file may have.
     """
-    named: dict[str, str] = {}
+    taken, named = {"real"}, []
     for one in given:
         name, model = one.split("=", 1) if "=" in one and not Path(one).exists() else ("", one)
-        if name and (not re.fullmatch(r"\w[\w .-]{0,63}", name) or name in named or name == "real"):
+        if name and (not re.fullmatch(r"\w[\w .-]{0,63}", name) or name.casefold() in taken):
             raise ValueError(
                 f"{one}: the name {name!r} cannot be used; names are letters, digits, spaces, dots and dashes, "
-                "different from each other and from 'real'"
+                "different from each other (in more than case) and from 'real'"
             )
         plain = name or _plain_name(model)
-        count = 1
-        while not name and plain in named:
-            count += 1
-            plain = f"{_plain_name(model)}-{count}"
-        named[plain] = model
-    return list(named.items())
+        numbered = itertools.chain([plain], (f"{plain}-{i}" for i in itertools.count(2)))
+        name = next(free for free in numbered if free.casefold() not in taken)
+        taken.add(name.casefold())
+        named.append((name, model))
+    return named
 
 
 def _plain_name(model: str) -> str:
@@ -163,7 +163,7 @@ def open_models(named: Sequence[tuple[str, str]], size: int | None) -> tuple[lis
                     f"{model.patch} pixels do not fit the subspace of {pixel.name} ({pixel.rank} per {pixel.patch}x"
                     f"{pixel.patch}): its pictures of a prompt show other scenes"
                 )
-        side = size or model.size
+        side = model.size if size is None else size
         if side < 1 or side % model.patch:
             near = max(round(side / model.patch), 1) * model.patch
             raise ValueError(f"{model.name} cannot draw {side}x{side}: --size must be a multiple of {model.patch}, "
@@ -212,7 +212,7 @@ def _open_pixel(name: str, given: str) -> Model:
 def _content(path: Path, opened: Converted) -> str:
     """A hash of what the pictures of a converted model depend on: weights by size and time of their files."""
     files = [path] if path.is_file() else sorted(path.rglob("*.safetensors"))
-    stats = [(file.relative_to(path.parent), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    stats = [(file.relative_to(path), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     base = opened.provenance["base"], opened.provenance["revision"]
     behind = component_id(*base, "transformer") if opened.folder is None else ""
     return content_key(

@@ -27,10 +27,10 @@ from asymflow_ft.drawing import Drawing, Drawn, Model, Wanted, draw, name_models
 from asymflow_ft.evaluation import results as found
 from asymflow_ft.evaluation.benchmarks import dpg, geneval, hpsv3
 from asymflow_ft.evaluation.features import open_features
-from asymflow_ft.evaluation.metrics import default_metrics, measure
+from asymflow_ft.evaluation.metrics import METRICS, default_metrics, measure
 from asymflow_ft.evaluation.report import write_report
 from asymflow_ft.evaluation.results import Results, save_results
-from asymflow_ft.evaluation.suites import Prompt, Suite
+from asymflow_ft.evaluation.suites import Prompt, Suite, take
 from asymflow_ft.hub.provenance import versions
 from asymflow_ft.recipe import Data, load_recipe
 from asymflow_ft.training.checkpoint import write_whole
@@ -60,8 +60,8 @@ def evaluate(
     """Evaluate a model, beside others, on a suite of prompts; continues what is in `out`.
 
     Args:
-        pipeline, against: [NAME=]MODEL, see `name_models` and `open_models`. num: prompts, spread evenly over the
-            suite; None: all. per_prompt: pictures; None: as the suite wants. size: see `open_models`.
+        pipeline, against: [NAME=]MODEL, see `name_models` and `open_models`. num: prompts, see `take`; None: all.
+        per_prompt: pictures; None: as the suite wants. size: see `open_models`.
         say: takes the lines to print; called in the main process alone.
 
     Returns:
@@ -72,11 +72,13 @@ def evaluate(
             pictures cannot be opened, or the disk cannot hold the pictures.
     """
     per_prompt = suite.per_prompt if per_prompt is None else per_prompt
-    if min(batch_size, per_prompt, 1 if num is None else num) < 1:
-        raise ValueError(f"--num {num}, --per-prompt {per_prompt} and --batch-size {batch_size} must be positive")
-    suite = replace(suite, prompts=spread(suite.prompts, num), per_prompt=per_prompt)
+    if min(batch_size, per_prompt) < 1:
+        raise ValueError(f"--per-prompt {per_prompt} and --batch-size {batch_size} must be positive")
+    suite = replace(suite if num is None else take(suite, num), per_prompt=per_prompt)
     named = name_models([pipeline, *against])
     state = process_state()
+    if state.is_main_process:
+        _check_scoring(scoring)
     with state.main_process_first():
         images = None if scoring.real is None else _open_real(scoring.real)
         models, warnings = open_models(named, size)
@@ -89,12 +91,6 @@ def evaluate(
     save_results(result, out / "results.json")
     write_report(result, out)
     return result
-
-
-def spread(prompts: Sequence[Prompt], num: int | None) -> list[Prompt]:
-    """`num` prompts evenly from all, for suites are sorted by category; twice as many contain these."""
-    count = len(prompts) if num is None else min(num, len(prompts))
-    return [prompts[i * len(prompts) // count] for i in range(count)]
 
 
 def files_of(out: Path, name: str, suite: Suite) -> list[list[Path]]:
@@ -189,17 +185,28 @@ def _check_disk(out: Path, sides: Sequence[int]) -> str:
 
 
 class RealPictures(Sequence[Image.Image | None]):
-    """Rows of real images as the models' pictures are compared, decoded when asked for; None where there is no row."""
+    """Real images at the size at which pictures are compared, decoded when asked for; None where there is no row."""
 
-    def __init__(self, images: Images, rows: Sequence[int | None], size: tuple[int, int]):
+    def __init__(self, images: Images | None, rows: Sequence[int | None], size: tuple[int, int]):
         self.images, self.rows, self.size = images, rows, size
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return RealPictures(self.images, self.rows[index], self.size)
         row = self.rows[index]
         return None if row is None else fit_image(self.images.image(row), self.size)
+
+
+def _check_scoring(scoring: Scoring) -> None:
+    """Raise ValueError for what would only fail after hours of drawing."""
+    unknown = [name for name in scoring.metrics or () if name not in METRICS]
+    if unknown:
+        raise ValueError(f"--metrics has {', '.join(unknown)}; there are {', '.join(METRICS)}")
+    if scoring.features is not None:
+        open_features(scoring.features)
 
 
 def _open_real(source: str) -> Images:
@@ -239,14 +246,16 @@ def _score(
     if len(set(sides.values())) > 1:
         listed = ", ".join(f"{name} {side}x{side}" for name, side in sides.items())
         notes.append(f"pictures of different sizes ({listed}) are compared at {at[0]}x{at[1]}, after resizing")
-    real, references = None, [None] * len(suite.prompts)
+    usable, paired = [], [None] * len(suite.prompts)
     if images is not None:
         usable, paired, more = _rows(images, suite.prompts, out)
-        real, references = RealPictures(images, usable, at), RealPictures(images, paired, at)
         notes += more
-    paired_any = any(one is not None for one in (references.rows if images is not None else ()))
+    real = RealPictures(images, usable, at) if images is not None else None
+    references = RealPictures(images, paired, at)
     features = None if scoring.features is None else open_features(scoring.features, device)
-    names = scoring.metrics or default_metrics(real is not None, paired_any, scoring.features)
+    names = scoring.metrics or default_metrics(
+        images is not None, any(row is not None for row in paired), scoring.features
+    )
     measured = measure(pictures, suite.prompts, real, references, names, features, at, how.seed, str(device))
     costs = [_model(out, model, suite) for model in models]
     return Results(
@@ -292,36 +301,3 @@ def _benchmarks(suite: Suite, pictures: Pictures, out: Path, say: Say) -> dict[s
         else:
             scores[name] = scored
     return {suite.name: scores} if scores else {}
-
-
-def describe(results: Results, out: Path) -> str:
-    """The results in a few lines for a terminal."""
-    names = [model.name for model in results.models]
-    shown = [*names, "real"] if any(value.model == "real" for value in results.values) else names
-    rows = [["", *shown]]
-    for metric in results.metrics:
-        values = [results.value(metric.key, name) for name in shown]
-        rows.append(
-            [metric.title, *("" if v is None else f"{v.value:.4g} [{v.low:.4g}, {v.high:.4g}]" for v in values)]
-        )
-    rows.append(["seconds per picture", *(f"{model.seconds[1]:.3g}" for model in results.models)])
-    rows.append(["memory in GB", *(f"{model.memory_gb:.3g}" for model in results.models)])
-    widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(len(shown) + 1)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip() for row in rows]
-    lines += [f"warning: {warning}" for warning in results.warnings]
-    lines += [verdict(results, name) for name in names[1:]]
-    return "\n".join([*lines, f"report: {out / 'report.html'}"])
-
-
-def verdict(results: Results, against: str) -> str:
-    """In one sentence, what the first model is better in than another."""
-    titles = {metric.key: metric.title for metric in results.metrics}
-    kinds = {"better": "better in", "worse": "worse in", "no difference seen": "no difference seen in"}
-    parts = []
-    for kind, words in kinds.items():
-        same = [
-            titles[d.metric] for d in results.differences
-            if d.against == against and d.verdict == kind and d.category is None
-        ]  # fmt: skip
-        parts += [f"{words} {', '.join(same)}"] if same else []
-    return f"{results.models[0].name} against {against}: {'; '.join(parts) or 'no metric compares them'}"

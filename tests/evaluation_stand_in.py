@@ -1,9 +1,12 @@
 """Until the parts that score are there: the least that the drawing needs of them."""
 
+import hashlib
 import importlib.util
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import ModuleType, SimpleNamespace
+
+import asymflow_ft.evaluation  # noqa: F401 the parent of what is put in
 
 
 @dataclass(frozen=True)
@@ -24,14 +27,25 @@ class Suite:
 
 def _load_suite(spec):
     lines = open(spec).read().split("\n")
-    return Suite("prompts", [Prompt(line, f"{i:04d}-{abs(hash(line)):x}") for i, line in enumerate(lines) if line])
+    return Suite(
+        "prompts",
+        [
+            Prompt(line, id=f"{i:04d}-{hashlib.sha256(line.encode()).hexdigest()[:8]}")
+            for i, line in enumerate(lines)
+            if line
+        ],
+    )
+
+
+def _take(suite, num):
+    return replace(suite, prompts=suite.prompts[:num])
 
 
 CONTENT = {
-    "suites": {"Prompt": Prompt, "Suite": Suite, "load_suite": _load_suite},
+    "suites": {"Prompt": Prompt, "Suite": Suite, "load_suite": _load_suite, "take": _take},
     "features": {"open_features": lambda name, device: None},
     "metrics": {
-        "default_metrics": lambda *arguments: [],
+        "METRICS": {}, "default_metrics": lambda *arguments: [],
         "measure": lambda *arguments: SimpleNamespace(metrics=[], values=[], differences=[], spectra={}, warnings=[]),
     },
     "report": {"write_report": lambda results, out: None},
