@@ -13,7 +13,6 @@ from typing import Literal, NamedTuple
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -286,14 +285,23 @@ def _load_pixel(
     pipeline.to(device)
     negative = embeds[how.negative].to(device)
 
+    decode, finite = pipeline.codec.decode, []
+
+    def watched(pixels: Tensor) -> Tensor:
+        finite.append(pixels.isfinite().flatten(1).all(dim=1))
+        return decode(pixels)
+
+    # every step's estimate is clamped by decoding it, which makes black of what is not finite
+    pipeline.codec.decode = watched
+
     def run(noise: Tensor, text: Tensor) -> tuple[list[Image.Image], list[bool]]:
-        rgb = pipeline(
+        finite.clear()
+        pictures = pipeline(
             prompt_embeds=text, negative_prompt_embeds=negative.expand(len(text), -1, -1), latents=noise,
             height=model.size, width=model.size, num_inference_steps=how.steps, guidance_scale=how.guidance,
-            shift=how.shift, output_type="pt",
+            shift=how.shift,
         ).images  # fmt: skip
-        finite = rgb.isfinite().flatten(1).all(dim=1).tolist()
-        return VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(rgb.nan_to_num())), finite
+        return pictures, torch.stack(finite).all(dim=0).tolist()
 
     return embeds, run, sum(p.numel() for p in transformer.parameters())
 

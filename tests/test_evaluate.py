@@ -216,7 +216,8 @@ def test_two_processes_killed_and_continued_draw_what_one_draws(models, tiny_bas
     )
     command = [
         sys.executable, "-c", code, "evaluate", "--pipeline", str(models / "mine/pipeline"), "--against",
-        f"base={tiny_base}", "--prompts", str(tmp_path / "p.txt"), "--out", str(out), "--steps", "2", "--seed", "7", "--per-prompt", "2", "--dtype", "float32", "--batch-size", "1",
+        f"base={tiny_base}", "--prompts", str(tmp_path / "p.txt"), "--out", str(out), "--steps", "2", "--seed", "7",
+        "--per-prompt", "2", "--dtype", "float32", "--batch-size", "1",
     ]  # fmt: skip
 
     def launch():
