@@ -171,7 +171,8 @@ def run_synthesize(args: argparse.Namespace) -> None:
 
 def run_evaluate(args: argparse.Namespace) -> int | None:
     how = Drawing(args.steps, args.guidance, args.negative, args.shift, args.seed, args.dtype or default_dtype())
-    scoring = Scoring(args.real, args.metrics and tuple(args.metrics.split(",")), args.features)
+    metrics = args.metrics and tuple(name.strip() for name in args.metrics.split(","))
+    scoring = Scoring(args.real, metrics, args.features)
     try:
         results = evaluate(
             args.pipeline, args.against, load_suite(args.prompts), args.out, how, scoring, args.num, args.per_prompt,

@@ -10,6 +10,7 @@ import math
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,7 +28,7 @@ from asymflow_ft.drawing import Drawing, Drawn, Model, Wanted, draw, name_models
 from asymflow_ft.evaluation import results as found
 from asymflow_ft.evaluation.benchmarks import dpg, geneval, hpsv3
 from asymflow_ft.evaluation.features import open_features
-from asymflow_ft.evaluation.metrics import METRICS, default_metrics, measure
+from asymflow_ft.evaluation.metrics import check_metrics, default_metrics, measure
 from asymflow_ft.evaluation.report import write_report
 from asymflow_ft.evaluation.results import Results, save_results
 from asymflow_ft.evaluation.suites import Prompt, Suite, take
@@ -77,11 +78,10 @@ def evaluate(
     suite = replace(suite if num is None else take(suite, num), per_prompt=per_prompt)
     named = name_models([pipeline, *against])
     state = process_state()
-    if state.is_main_process:
-        _check_scoring(scoring)
     with state.main_process_first():
         images = None if scoring.real is None else _open_real(scoring.real)
         models, warnings = open_models(named, size)
+        warnings += _check_scoring(scoring, suite, images, models)
         _claim(out, models, how, suite.prompts, per_prompt)
     pictures = draw_all(models, how, suite, out, batch_size, state, say)
     state.wait_for_everyone()
@@ -138,9 +138,13 @@ def _keep(out: Path, name: str, drawn: Drawn) -> None:
     with open(costs, "a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
     for file, picture in zip(files, drawn.pictures, strict=True):
-        content = io.BytesIO()
-        picture.save(content, format="png")
-        write_whole(file, content.getvalue())
+        _save(picture, file)
+
+
+def _save(picture: Image.Image, file: Path) -> None:
+    content = io.BytesIO()
+    picture.save(content, format="png")
+    write_whole(file, content.getvalue())
 
 
 def _claim(out: Path, models: Sequence[Model], how: Drawing, prompts: Sequence[Prompt], per_prompt: int) -> None:
@@ -184,29 +188,30 @@ def _check_disk(out: Path, sides: Sequence[int]) -> str:
     return line
 
 
-class RealPictures(Sequence[Image.Image | None]):
-    """Real images at the size at which pictures are compared, decoded when asked for; None where there is no row."""
+class References(Sequence[Image.Image | None]):
+    """The real image of each prompt, decoded when asked for, or None."""
 
-    def __init__(self, images: Images | None, rows: Sequence[int | None], size: tuple[int, int]):
-        self.images, self.rows, self.size = images, rows, size
+    def __init__(self, images: Images | None, rows: Sequence[int | None]):
+        self.images, self.rows = images, rows
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return RealPictures(self.images, self.rows[index], self.size)
         row = self.rows[index]
-        return None if row is None else fit_image(self.images.image(row), self.size)
+        return None if row is None else self.images.image(row)
 
 
-def _check_scoring(scoring: Scoring) -> None:
-    """Raise ValueError for what would only fail after hours of drawing."""
-    unknown = [name for name in scoring.metrics or () if name not in METRICS]
-    if unknown:
-        raise ValueError(f"--metrics has {', '.join(unknown)}; there are {', '.join(METRICS)}")
-    if scoring.features is not None:
+def _check_scoring(scoring: Scoring, suite: Suite, images: Images | None, models: Sequence[Model]) -> list[str]:
+    """Warnings; raises ValueError for what would only fail after hours of drawing."""
+    paired = [] if images is None else [row for row in _paired(images, range(len(images)), suite) if row is not None]
+    check_metrics(scoring.metrics or (), images is not None, bool(paired), scoring.features)
+    if scoring.features is not None and process_state().is_main_process:
         open_features(scoring.features)
+    if suite.name not in BENCHMARKS:
+        return []
+    notes = [note for model in models for note in BENCHMARKS[suite.name].check(suite, (model.size, model.size))]
+    return list(dict.fromkeys(notes))
 
 
 def _open_real(source: str) -> Images:
@@ -220,20 +225,30 @@ def _open_real(source: str) -> Images:
         return open_sources(data, captions=False)  # raises for what is no set of images either
 
 
-def _rows(images: Images, prompts: Sequence[Prompt], out: Path) -> tuple[list[int], list[int | None], list[str]]:
-    """Usable rows of the real images, the row whose caption is each prompt, and warnings."""
+def _paired(images: Images, rows: Sequence[int], suite: Suite) -> list[int | None]:
+    """The first of the rows that has each prompt as a caption."""
+    by_caption = {caption.strip(): row for row in reversed(rows) for caption in images.captions(row)}
+    return [by_caption.get(prompt.text.strip()) for prompt in suite.prompts]
+
+
+def _usable(images: Images, out: Path) -> tuple[list[int], list[str]]:
+    """Rows of the real images that can be read, and a warning about the others."""
     scan(images, range(len(images)), out / "real")
     index = read_index(out / "real")
     faults = {row: index[stamp(images, row)].error for row in range(len(images))}
-    usable = [row for row, fault in faults.items() if not fault]
     bad = [fault for fault in faults.values() if fault]
-    if not usable:
-        raise ValueError(
-            f"none of the {len(images)} real images can be used, such as {bad[0]}; give others with --real"
-        )
+    if len(bad) == len(images):
+        raise ValueError(f"none of the {len(bad)} real images can be used, such as {bad[0]}; give others with --real")
     warnings = [f"{len(bad)} real images cannot be used and are left out, such as {bad[0]}"] if bad else []
-    by_caption = {caption.strip(): row for row in reversed(usable) for caption in images.captions(row)}
-    return usable, [by_caption.get(prompt.text.strip()) for prompt in prompts], warnings
+    return [row for row, fault in faults.items() if not fault], warnings
+
+
+def _keep_references(references: References, suite: Suite, at: tuple[int, int], out: Path) -> None:
+    """Write OUT/references/<prompt id>.png for the report."""
+    shutil.rmtree(out / "references", ignore_errors=True)
+    for prompt, image in zip(suite.prompts, tqdm(references, "references", leave=False, mininterval=1), strict=True):
+        if image is not None:
+            _save(fit_image(image, at), out / "references" / f"{prompt.id}.png")
 
 
 def _score(
@@ -248,23 +263,24 @@ def _score(
         notes.append(f"pictures of different sizes ({listed}) are compared at {at[0]}x{at[1]}, after resizing")
     usable, paired = [], [None] * len(suite.prompts)
     if images is not None:
-        usable, paired, more = _rows(images, suite.prompts, out)
+        usable, more = _usable(images, out)
+        paired = _paired(images, usable, suite)
         notes += more
-    real = RealPictures(images, usable, at) if images is not None else None
-    references = RealPictures(images, paired, at)
+    real = [partial(images.image, row) for row in usable] if images is not None else None
+    references = References(images, paired)
+    _keep_references(references, suite, at, out)
     features = None if scoring.features is None else open_features(scoring.features, device)
-    names = scoring.metrics or default_metrics(
-        images is not None, any(row is not None for row in paired), scoring.features
-    )
-    measured = measure(pictures, suite.prompts, real, references, names, features, at, how.seed, str(device))
+    has_references = any(row is not None for row in paired)
+    names = scoring.metrics or default_metrics(real is not None, has_references, scoring.features)
+    measured = measure(pictures, suite.prompts, real, references, names, features, at, how.seed, device)
     costs = [_model(out, model, suite) for model in models]
+    benchmarks, faults = _benchmarks(suite, pictures, out, say)
     return Results(
         suite.name, [cost for cost, _ in costs],
         [{"id": p.id, "text": p.text, "category": p.category} for p in suite.prompts], suite.per_prompt, at,
         measured.metrics, measured.values, measured.differences, measured.spectra,
         {**asdict(how), "models": {model.name: model.settings() for model in models}}, versions(),
-        [*notes, *(note for _, more in costs for note in more), *measured.warnings],
-        _benchmarks(suite, pictures, out, say),
+        [*notes, *(note for _, more in costs for note in more), *measured.warnings, *faults], benchmarks,
     )  # fmt: skip
 
 
@@ -288,16 +304,24 @@ def _model(out: Path, model: Model, suite: Suite) -> tuple[found.Model, list[str
     ), warnings  # fmt: skip
 
 
-def _benchmarks(suite: Suite, pictures: Pictures, out: Path, say: Say) -> dict[str, dict[str, dict[str, float]]]:
-    """The official layout of each model's pictures, and the official scores that lie there by now."""
+def _benchmarks(
+    suite: Suite, pictures: Pictures, out: Path, say: Say
+) -> tuple[dict[str, dict[str, dict[str, float]]], list[str]]:  # fmt: skip
+    """The official layout of each model's pictures, the official scores that lie there by now, and what is wrong with
+    them."""
     kind = BENCHMARKS.get(suite.name)
     scores: dict[str, dict[str, float]] = {}
+    faults = []
     for name, rows in pictures.items() if kind else ():
         folder = out / suite.name / name
-        kind.write_layout(suite, rows, folder)
-        scored = kind.read_scores(folder)
+        try:
+            kind.write_layout(suite, rows, folder)
+            scored = kind.read_scores(folder)
+        except ValueError as error:  # the rest of the evaluation is whole
+            faults.append(str(error))
+            continue
         if scored is None:
             say(kind.how_to_score(folder))
         else:
             scores[name] = scored
-    return {suite.name: scores} if scores else {}
+    return ({suite.name: scores} if scores else {}), faults

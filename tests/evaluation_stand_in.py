@@ -41,11 +41,16 @@ def _take(suite, num):
     return replace(suite, prompts=suite.prompts[:num])
 
 
+def _check_metrics(names, *arguments):
+    if names:
+        raise ValueError(f"unknown metrics {', '.join(names)}")
+
+
 CONTENT = {
     "suites": {"Prompt": Prompt, "Suite": Suite, "load_suite": _load_suite, "take": _take},
     "features": {"open_features": lambda name, device: None},
     "metrics": {
-        "METRICS": {}, "default_metrics": lambda *arguments: [],
+        "check_metrics": _check_metrics, "default_metrics": lambda *arguments: [],
         "measure": lambda *arguments: SimpleNamespace(metrics=[], values=[], differences=[], spectra={}, warnings=[]),
     },
     "report": {"write_report": lambda results, out: None},

@@ -334,7 +334,7 @@ def test_a_latent_pipeline_can_be_the_one_in_question(run, tmp_path, drawn, mode
         run(tmp_path / "no size", TEXTS[:1], [], pipeline=tiny_base)
 
 
-def test_real_images_are_paired_by_caption_and_prepared(run, tmp_path, monkeypatch):
+def test_real_images_are_paired_by_caption(run, tmp_path, monkeypatch):
     real = tmp_path / "real"
     real.mkdir()
     for i, (name, text) in enumerate({"a": "rocket", "b": "a hat", "c": "deer"}.items()):
@@ -344,7 +344,7 @@ def test_real_images_are_paired_by_caption_and_prepared(run, tmp_path, monkeypat
     seen = {}
 
     def measure(files, prompts, real, references, names, features, at, seed, device):
-        seen.update(real=[image.size for image in real], references=list(references), at=at, seed=seed)
+        seen.update(real=[open_it().size for open_it in real], references=list(references), at=at, seed=seed)
         seen["files"] = {name: [[file.is_file() for file in row] for row in rows] for name, rows in files.items()}
         return SimpleNamespace(metrics=[], values=[], differences=[], spectra={}, warnings=["from measure"])
 
@@ -352,20 +352,29 @@ def test_real_images_are_paired_by_caption_and_prepared(run, tmp_path, monkeypat
     monkeypatch.setattr(module, "measure", measure)
     monkeypatch.setattr(module, "default_metrics", lambda *arguments: asked.append(arguments) or [])
     result = run(tmp_path / "out", real=str(real))
-    assert seen["real"] == [(64, 64)] * 2 and seen["at"] == (64, 64) and seen["seed"] == 7
+    assert seen["real"] == [(200, 100)] * 2 and seen["at"] == (64, 64) and seen["seed"] == 7
     assert [one and one.getpixel((0, 0)) for one in seen["references"]] == [None, (0, 0, 0), None]
     assert seen["files"] == {"mine": [[True]] * 3, "base": [[True]] * 3} and asked == [(True, True, None)]
     assert "1 real images cannot be used" in result.warnings[0] and result.warnings[1] == "from measure"
     for file in real.glob("*.txt"):
         file.unlink()
+    (reference,) = (tmp_path / "out/references").iterdir()
+    assert reference.stem == suite(TEXTS).prompts[1].id and Image.open(reference).size == (64, 64)
     run(tmp_path / "out", real=str(real))
-    assert seen["real"] == [(64, 64)] * 2 and seen["references"] == [None] * 3 and asked[1:] == [(True, False, None)]
+    assert not (tmp_path / "out/references").exists()
+    assert seen["real"] == [(200, 100)] * 2 and seen["references"] == [None] * 3 and asked[1:] == [(True, False, None)]
 
 
 def test_official_layouts_are_written_and_their_scores_read(run, tmp_path, monkeypatch):
     written = []
+
+    def write_layout(suite, rows, folder):
+        written.append((folder.name, [len(row) for row in rows]))
+        if len(suite.prompts) == 1:
+            raise ValueError("it holds pictures of another evaluation")
+
     benchmark = SimpleNamespace(
-        write_layout=lambda suite, rows, folder: written.append((folder.name, [len(row) for row in rows])),
+        check=lambda suite, size: [f"not comparable at {size}"], write_layout=write_layout,
         read_scores=lambda folder: {"overall": 0.5} if folder.name == "base" else None,
         how_to_score=lambda folder: f"score {folder}",
     )  # fmt: skip
@@ -375,6 +384,9 @@ def test_official_layouts_are_written_and_their_scores_read(run, tmp_path, monke
     assert written == [("mine", [2, 2]), ("base", [2, 2])]
     assert said[-1] == f"score {tmp_path / 'out/prompts.txt/mine'}"
     assert result.benchmarks == {"prompts.txt": {"base": {"overall": 0.5}}}
+    assert result.warnings == ["not comparable at (64, 64)"]
+    fewer = run(tmp_path / "out", TEXTS[:1], per_prompt=2)
+    assert fewer.benchmarks == {} and fewer.warnings[1:] == ["it holds pictures of another evaluation"] * 2
 
 
 def test_names(tmp_path):
@@ -429,7 +441,7 @@ def test_bad_input_is_named(tmp_path, models, tiny_base, capsys, monkeypatch):
         ("--shift", "0", "--shift 0.0 must be positive"),
         ("--batch-size", "0", "--batch-size 0 must be positive"),
         ("--per-prompt", "0", "--per-prompt 0 and"),
-        ("--metrics", "beauty", "--metrics has beauty"),
+        ("--metrics", "beauty", "unknown metrics beauty"),
         ("--real", str(tmp_path / "empty"), "empty"),
         ("--out", str(tmp_path / "p.txt"), "cannot write to --out"),
         ("--out", str(tmp_path / "other"), "holds other files and no settings.json"),
