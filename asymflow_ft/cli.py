@@ -14,6 +14,8 @@ EXAMPLES = """examples:
   asymflow-ft synthesize --base recipes/tiny/base --prompts recipes/tiny/data/prompts.txt --num 16 --out outputs/drawn
   asymflow-ft export outputs/tiny --form adapter --out outputs/tiny_adapter
   asymflow-ft sample --pipeline outputs/tiny/pipeline --prompt "red apple" --prompt "rocket" --sheet
+  asymflow-ft evaluate --pipeline outputs/tiny --against recipes/tiny/base --prompts recipes/tiny/data/prompts.txt \\
+      --real recipes/tiny/data --out outputs/evaluated
   asymflow-ft push outputs/exported --repo user/name --dry-run
   asymflow-ft demo outputs/tiny/pipeline --base recipes/tiny/base
 """
@@ -188,6 +190,47 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--dtype", choices=("bfloat16", "float32"), help="default: bfloat16 on a GPU, float32 on a CPU"
     )
+
+    command = commands.add_parser(
+        "evaluate", help="say whether a converted model is better than its base, and at what cost",
+        description="Draw the same prompts from the same noise with several models, measure, and write "
+        "OUT/report.html (docs/evaluation.md). The same command continues after an interruption; more prompts and "
+        "more --against draw only what is missing. Under `accelerate launch -m asymflow_ft.cli evaluate ...` "
+        "processes share the work.",
+    )  # fmt: skip
+    command.add_argument(
+        "--pipeline", required=True, metavar="[NAME=]MODEL",
+        help="the model in question: converted, of any form that `sample` takes, or a latent pipeline",
+    )  # fmt: skip
+    command.add_argument(
+        "--against", action="append", default=[], metavar="[NAME=]MODEL",
+        help="what to hold it against, such as its latent base; may be given several times",
+    )  # fmt: skip
+    command.add_argument(
+        "--prompts", required=True, metavar="SPEC", help="text file with one prompt a line, .jsonl file, "
+        "geneval:FILE, dpg:FOLDER or hpsv3:FILE",
+    )  # fmt: skip
+    command.add_argument("--out", type=Path, required=True, help="folder for pictures, results and report")
+    command.add_argument(
+        "--real", metavar="SOURCE", help="real images, a source as in docs/data.md or a recipe with one; those whose "
+        "caption is a prompt are compared with its pictures",
+    )  # fmt: skip
+    command.add_argument("--num", type=int, help="so many of the prompts, of all categories alike (default: all)")
+    command.add_argument("--per-prompt", type=int, help="pictures per prompt (default: 1, 4 where a suite wants them)")
+    command.add_argument("--size", type=int, help="side of all pictures in pixels (default: each model's own)")
+    command.add_argument("--steps", type=int, default=38, help="solver steps (default: 38)")
+    command.add_argument(
+        "--guidance", type=float, help="guidance scale; 1 turns it off (default: 4, or 1 if the base is distilled)"
+    )
+    command.add_argument("--negative", default="", help="negative prompt (default: none)")
+    command.add_argument("--shift", type=float, help="timestep shift of pixel models (default: each one's own)")
+    command.add_argument("--seed", type=int, default=0, help="a picture's noise depends on it (default: 0)")
+    command.add_argument("--batch-size", type=int, default=4, help="pictures drawn together (default: 4)")
+    command.add_argument(
+        "--dtype", choices=("bfloat16", "float32"), help="default: bfloat16 on a GPU, float32 on a CPU"
+    )
+    command.add_argument("--metrics", help="names with commas between (default: all that can be measured)")
+    command.add_argument("--features", help="what FID and KID see: a name or file.py:function")
 
     command = commands.add_parser(
         "push", help="publish an exported model on the Hugging Face Hub",

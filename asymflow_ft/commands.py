@@ -15,7 +15,11 @@ from asymflow_ft.components.color import PixelCodec
 from asymflow_ft.components.pipelines import NEGATIVE_PROMPT
 from asymflow_ft.data.decode import decode
 from asymflow_ft.data.source import open_sources
+from asymflow_ft.drawing import Drawing
+from asymflow_ft.evaluate import Scoring, evaluate
 from asymflow_ft.evaluation.pictures import contact_sheet
+from asymflow_ft.evaluation.suites import load_suite
+from asymflow_ft.evaluation.summary import describe as describe_results
 from asymflow_ft.export import export_any, load_pixel_pipeline
 from asymflow_ft.families import describe_families, family_of
 from asymflow_ft.hub.forms import add_loras
@@ -166,6 +170,23 @@ def run_synthesize(args: argparse.Namespace) -> None:
         print(f"{args.num} pictures in {args.out}; README.md there says what they are and may be used for")
 
 
+def run_evaluate(args: argparse.Namespace) -> int | None:
+    how = Drawing(args.steps, args.guidance, args.negative, args.shift, args.seed, args.dtype or default_dtype())
+    metrics = args.metrics and tuple(name.strip() for name in args.metrics.split(","))
+    scoring = Scoring(args.real, metrics, args.features)
+    try:
+        results = evaluate(
+            args.pipeline, args.against, load_suite(args.prompts), args.out, how, scoring, args.num, args.per_prompt,
+            args.size, args.batch_size, say=print,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
+        return 130
+    if results is not None:
+        print(describe_results(results, args.out / "report.html"))
+    return None
+
+
 def run_push(args: argparse.Namespace) -> int:
     plan = plan_push(args.folder, args.repo, args.private)
     if args.dry_run:
@@ -197,6 +218,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "sample": run_sample,
     "export": run_export,
     "synthesize": run_synthesize,
+    "evaluate": run_evaluate,
     "push": run_push,
     "demo": run_demo,
 }

@@ -8,7 +8,6 @@ written last, so an interrupted run draws again only the shards in hand.
 import hashlib
 import io
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -30,14 +29,13 @@ from asymflow_ft.data.synthetic import SETTINGS, read_rows, weights_digest
 from asymflow_ft.families.terms import OUTPUT_TERMS
 from asymflow_ft.hub.cards import card_licence, data_card, hub_commit, licence_terms
 from asymflow_ft.hub.provenance import versions
-from asymflow_ft.training.checkpoint import write_json
+from asymflow_ft.training.checkpoint import write_whole
 from asymflow_ft.training.encode import encode_texts, free_memory, load_text_parts
-from asymflow_ft.training.run import process_state
+from asymflow_ft.training.run import PNG_BYTES_PER_PIXEL, claim_folder, process_state
 
 SHARD = 64  # pictures
 MOST = 1_000_000  # pictures that the six digits of a file name can tell apart
 PROMPTS_AT_ONCE = 512  # embeddings held in memory: 8 to 13 MB each for a large base
-PNG_BYTES_PER_PIXEL = 1.6  # photographs; drawings take less
 
 
 @dataclass(frozen=True)
@@ -132,7 +130,7 @@ def synthesize(
             "base": base, "revision": revision, "vae": weights_digest(vae), "prompts": _digest(prompts),
             **asdict(sampling), "shard": SHARD,
         }  # fmt: skip
-        _claim(out, settings)
+        claim_folder(out, SETTINGS, settings, "use the same settings to continue them, or choose another --out")
     licence = card_licence(base, revision)
     job = _Job(base, family, revision, sampling, vae, out, batch_size, state)
     patch = family.pixel_patch(vae)
@@ -162,8 +160,8 @@ def synthesize(
     if len(read_rows(out / "metadata.jsonl")) < num:
         writer = str(state.process_index)
         made_with = {"made with": ", ".join(map(" ".join, versions().items()))}
-        _write(out / "README.md", data_card(len(rows), settings | made_with, licence, terms).encode(), writer)
-        _write(out / "metadata.jsonl", _lines(rows), writer)
+        write_whole(out / "README.md", data_card(len(rows), settings | made_with, licence, terms).encode(), writer)
+        write_whole(out / "metadata.jsonl", _lines(rows), writer)
     return True
 
 
@@ -190,15 +188,15 @@ def _draw(job: _Job, part: Sequence[tuple[int, list[Picture]]], bar: tqdm) -> No
         for batch in _batches(rest, job.batch_size):
             for picture, z in zip(batch, _latents(job, stock, embeds, batch), strict=True):
                 content = _png(job, picture, z)
-                _write(job.out / picture.file_name, content)
+                write_whole(job.out / picture.file_name, content)
                 latents[picture.file_name] = z
                 rows.append({
                     "file_name": picture.file_name, "text": picture.text, "seed": picture.seed,
                     "latents": file.relative_to(job.out).as_posix(), "sha256": hashlib.sha256(content).hexdigest(),
                 })  # fmt: skip
             bar.update(len(batch))
-        _write(file, save(latents))
-        _write(file.with_suffix(".jsonl"), _lines(sorted(rows, key=lambda row: row["file_name"])))
+        write_whole(file, save(latents))
+        write_whole(file.with_suffix(".jsonl"), _lines(sorted(rows, key=lambda row: row["file_name"])))
     del stock
     free_memory()
 
@@ -246,30 +244,6 @@ def _png(job: _Job, picture: Picture, z: Tensor) -> bytes:
     return content.getvalue()
 
 
-def _claim(out: Path, settings: dict[str, Any]) -> None:
-    """Make `out`, or check that the pictures in it have the same settings."""
-    file = out / SETTINGS
-    if file.is_file():
-        before = json.loads(file.read_text(encoding="utf-8"))
-        now = json.loads(json.dumps(settings))
-        changed = [key for key in now if now[key] != before.get(key)]
-        if changed:
-            key = changed[0]
-            more = f" (and {', '.join(changed[1:])} differ)" if len(changed) > 1 else ""
-            raise ValueError(
-                f"{out} holds pictures with {key}={before.get(key)!r}, and now it is {now[key]!r}{more}; "
-                "use the same settings to continue them, or choose another --out"
-            )
-        return
-    try:
-        if out.is_dir() and any(path.suffix != ".part" for path in out.iterdir()):
-            raise ValueError(f"{out} holds other files and no {SETTINGS}; choose another --out")
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(file, settings)
-    except OSError as error:
-        raise ValueError(f"cannot write to --out {out}: {error}") from error
-
-
 def _check_disk(out: Path, pictures: Sequence[Picture], patch: int, rank: int) -> str:
     """One line about the work and its space on the disk."""
     if not pictures:
@@ -312,19 +286,3 @@ def _rows(out: Path, number: int) -> list[dict[str, Any]]:
 
 def _lines(rows: Sequence[dict[str, Any]]) -> bytes:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-
-
-def _write(file: Path, content: bytes, writer: str = "") -> None:
-    """Write a file whole or not at all. `writer`: keeps processes apart that may write the same file."""
-    part = file.with_name(f"{file.name}{writer}.part")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as handle:
-            handle.write(content)
-            handle.flush()
-            os.fsync(handle.fileno())
-        part.replace(file)
-    except OSError as error:
-        raise ValueError(
-            f"could not write {file}: {error}. Finished shards are whole; free some space and run the same command"
-        ) from error

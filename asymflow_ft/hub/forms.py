@@ -130,13 +130,7 @@ def open_converted(
     Raises:
         ValueError: it cannot be fetched or read, is no converted model, or its base is not known.
     """
-    path = Path(source)
-    if not path.exists():
-        without = [] if text else TEXT_FILES
-        with opening(str(source)):  # a few kilobytes first, for a latent pipeline is not worth its gigabytes
-            path = Path(snapshot_download(str(source), allow_patterns="*.json", ignore_patterns=without))
-            if (path / "subspace/config.json").is_file() or not (path / "model_index.json").is_file():
-                path = Path(snapshot_download(str(source), allow_patterns=DATA_FILES, ignore_patterns=without))
+    path = fetch_converted(source, text)
     if (path / "transformer/config.json").is_file() and (path / "subspace/config.json").is_file():
         return _open_merged(path)
     if path.is_file() or (path / WEIGHTS).is_file():
@@ -151,6 +145,26 @@ def open_converted(
         f"{source} is no converted model: neither a pipeline or merged folder (transformer/ and subspace/) nor an "
         f"adapter ({WEIGHTS})"
     )
+
+
+def fetch_converted(source: str | Path, text: bool = True) -> Path:
+    """Where a converted model lies: a local path as it is, a Hub id's files in the cache, under their commit.
+
+    Args:
+        text: see open_converted.
+
+    Raises:
+        ValueError: it cannot be fetched.
+    """
+    path = Path(source)
+    if path.exists():
+        return path
+    without = [] if text else TEXT_FILES
+    with opening(str(source)):  # a few kilobytes first, for a latent pipeline is not worth its gigabytes
+        path = Path(snapshot_download(str(source), allow_patterns="*.json", ignore_patterns=without))
+        if (path / "subspace/config.json").is_file() or not (path / "model_index.json").is_file():
+            path = Path(snapshot_download(str(source), allow_patterns=DATA_FILES, ignore_patterns=without))
+    return path
 
 
 def add_loras(pipeline: DiffusionPipeline, given: Sequence[str]) -> None:

@@ -98,6 +98,26 @@ def write_json(file: Path, value: Any) -> None:
     part.replace(file)
 
 
+def write_whole(file: Path, content: bytes, writer: str = "") -> None:
+    """Write a file whole or not at all. `writer`: keeps processes apart that may write the same file.
+
+    Raises:
+        ValueError: it cannot be written.
+    """
+    part = file.with_name(f"{file.name}{writer}.part")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "wb") as handle:
+            handle.write(content)
+            handle.flush()
+            os.fsync(handle.fileno())
+        part.replace(file)
+    except OSError as error:
+        raise ValueError(
+            f"could not write {file}: {error}. What is finished is whole; free some space and run the same command"
+        ) from error
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints that have a manifest, oldest first. Cheap: `verify_checkpoint` looks inside."""
     return [path for path in _folders(folder) if (path / MANIFEST).is_file()]

@@ -7,7 +7,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +24,7 @@ from asymflow_ft.training.zero import set_up_zero
 
 STOPPED = 75  # exit code after a stop with a checkpoint: EX_TEMPFAIL, "try again later"
 PATIENCE = timedelta(hours=6)  # processes wait for a download, a merge or a slow neighbour; the default is 10 minutes
+PNG_BYTES_PER_PIXEL = 1.6  # photographs; drawings take less
 # A run that continues may change these; anything else would make it another run.
 MAY_CHANGE = (
     "train.steps", "train.batch_size", "train.accumulation", "train.checkpoint_every", "train.keep_checkpoints",
@@ -95,6 +96,39 @@ def claim(out: Path, recipe: Recipe, images_per_step: int) -> None:
         (out / "logs").mkdir(exist_ok=True)
     except OSError as error:
         raise ValueError(f"cannot write to output_dir {out}: {error}") from error
+
+
+def claim_folder(
+    out: Path, name: str, settings: Mapping[str, Any], advice: str, may_grow: bool = False
+) -> None:  # fmt: skip
+    """Make a folder of drawn pictures with their settings in out/`name`, or check that those there are the same.
+
+    Args:
+        advice: what to do about others. may_grow: settings that are not there yet are added.
+
+    Raises:
+        ValueError: other settings or other files are there, or it cannot be written.
+    """
+    file = out / name
+    now = json.loads(json.dumps(settings))
+    before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    if before is not None:
+        changed = [key for key in now if now[key] != before.get(key) and (key in before or not may_grow)]
+        if changed:
+            key = changed[0]
+            more = f" (and {', '.join(changed[1:])} differ)" if len(changed) > 1 else ""
+            raise ValueError(
+                f"{out} holds pictures with {key}={before.get(key)!r}, and now it is {now[key]!r}{more}; {advice}"
+            )
+        if now.keys() <= before.keys():
+            return
+    try:
+        if before is None and out.is_dir() and any(path.suffix != ".part" for path in out.iterdir()):
+            raise ValueError(f"{out} holds other files and no {name}; choose another --out")
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(file, {**(before or {}), **now})
+    except OSError as error:
+        raise ValueError(f"cannot write to --out {out}: {error}") from error
 
 
 def check_same(out: Path, now: dict[str, str]) -> None:

@@ -1,0 +1,38 @@
+"""What an evaluation found, for a terminal."""
+
+from pathlib import Path
+
+from asymflow_ft.evaluation.results import Results
+
+
+def describe(results: Results, report: Path) -> str:
+    """The results in a few lines for a terminal."""
+    names = [model.name for model in results.models]
+    shown = [*names, "real"] if any(value.model == "real" for value in results.values) else names
+    rows = [["", *shown]]
+    for metric in results.metrics:
+        values = [results.value(metric.key, name) for name in shown]
+        rows.append(
+            [metric.title, *("" if v is None else f"{v.value:.4g} [{v.low:.4g}, {v.high:.4g}]" for v in values)]
+        )
+    rows.append(["seconds per picture", *(f"{model.seconds[1]:.3g}" for model in results.models)])
+    rows.append(["memory in GB", *(f"{model.memory_gb:.3g}" for model in results.models)])
+    widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(len(shown) + 1)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip() for row in rows]
+    lines += [f"warning: {warning}" for warning in results.warnings]
+    lines += [verdict(results, name) for name in names[1:]]
+    return "\n".join([*lines, f"report: {report}"])
+
+
+def verdict(results: Results, against: str) -> str:
+    """In one sentence, what the first model is better in than another."""
+    titles = {metric.key: metric.title for metric in results.metrics}
+    kinds = {"better": "better in", "worse": "worse in", "no difference seen": "no difference seen in"}
+    parts = []
+    for kind, words in kinds.items():
+        same = [
+            titles[d.metric] for d in results.differences
+            if d.against == against and d.verdict == kind and d.category is None
+        ]  # fmt: skip
+        parts += [f"{words} {', '.join(same)}"] if same else []
+    return f"{results.models[0].name} against {against}: {'; '.join(parts) or 'no metric compares them'}"
