@@ -15,6 +15,7 @@ from asymflow_ft.components.color import PixelCodec
 from asymflow_ft.components.pipelines import NEGATIVE_PROMPT
 from asymflow_ft.data.decode import decode
 from asymflow_ft.data.source import open_sources
+from asymflow_ft.evaluation.compare import compare_runs
 from asymflow_ft.evaluation.pictures import contact_sheet
 from asymflow_ft.export import export_any, load_pixel_pipeline
 from asymflow_ft.families import describe_families, family_of
@@ -184,6 +185,11 @@ def run_demo(args: argparse.Namespace) -> None:
     print(f"{args.export_space} is a Space; `hf upload USER/SPACE {args.export_space} --repo-type space` uploads it")
 
 
+def run_compare_runs(args: argparse.Namespace) -> None:
+    print(compare_runs(args.runs, args.out))
+    print(f"\ncurves in {args.out}")
+
+
 def default_dtype() -> str:
     return "float32" if process_state().device.type == "cpu" else "bfloat16"
 
@@ -198,4 +204,5 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "synthesize": run_synthesize,
     "push": run_push,
     "demo": run_demo,
+    "compare-runs": run_compare_runs,
 }
