@@ -18,6 +18,7 @@ EXAMPLES = """examples:
       --real recipes/tiny/data --out outputs/evaluated
   asymflow-ft push outputs/exported --repo user/name --dry-run
   asymflow-ft demo outputs/tiny/pipeline --base recipes/tiny/base
+  asymflow-ft compare-runs outputs/tiny outputs/other --out outputs/runs.png
 """
 
 
@@ -260,6 +261,17 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--export-space", type=Path, metavar="FOLDER", help="serve nothing; write a Hugging Face Space with this page"
     )
+
+    command = commands.add_parser(
+        "compare-runs", help="draw the curves of several training runs into one picture",
+        description="Draw loss, held-out errors and metrics of training runs, finished or not, and print their final "
+        "figures and the recipe keys in which they differ.",
+    )  # fmt: skip
+    command.add_argument("runs", nargs="+", type=Path, metavar="DIR", help="output_dir of a finetune")
+    command.add_argument(
+        "--out", type=Path, required=True, metavar="PICTURE.png",
+        help="replaced if it is there and of this command; another picture is not",
+    )  # fmt: skip
     return parser
 
 

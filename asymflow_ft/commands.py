@@ -17,6 +17,7 @@ from asymflow_ft.data.decode import decode
 from asymflow_ft.data.source import open_sources
 from asymflow_ft.drawing import Drawing
 from asymflow_ft.evaluate import Scoring, evaluate
+from asymflow_ft.evaluation.compare import compare_runs
 from asymflow_ft.evaluation.pictures import contact_sheet
 from asymflow_ft.evaluation.suites import load_suite
 from asymflow_ft.evaluation.summary import describe as describe_results
@@ -206,6 +207,11 @@ def run_demo(args: argparse.Namespace) -> None:
     print(f"{args.export_space} is a Space; `hf upload USER/SPACE {args.export_space} --repo-type space` uploads it")
 
 
+def run_compare_runs(args: argparse.Namespace) -> None:
+    print(compare_runs(args.runs, args.out))
+    print(f"\ncurves in {args.out}")
+
+
 def default_dtype() -> str:
     return "float32" if process_state().device.type == "cpu" else "bfloat16"
 
@@ -220,5 +226,6 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "synthesize": run_synthesize,
     "evaluate": run_evaluate,
     "push": run_push,
+    "compare-runs": run_compare_runs,
     "demo": run_demo,
 }

@@ -28,8 +28,6 @@ from tests.tiny import flux1
 
 evaluation_stand_in.install()
 
-from asymflow_ft.evaluation.suites import Prompt, Suite  # noqa: E402
-
 from asymflow_ft import drawing  # noqa: E402
 from asymflow_ft import evaluate as module  # noqa: E402
 from asymflow_ft.cli import main  # noqa: E402
@@ -37,6 +35,7 @@ from asymflow_ft.drawing import Drawing, Wanted, name_models, open_models  # noq
 from asymflow_ft.evaluate import Scoring, evaluate  # noqa: E402
 from asymflow_ft.evaluation.results import Difference, Metric, Results, Value, load_results  # noqa: E402
 from asymflow_ft.evaluation.results import Model as EvaluatedModel  # noqa: E402
+from asymflow_ft.evaluation.suites import Prompt, Suite  # noqa: E402
 from asymflow_ft.evaluation.summary import describe, verdict  # noqa: E402
 
 TEXTS = ["red apple", "rocket", "deer"]
