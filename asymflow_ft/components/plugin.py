@@ -8,6 +8,10 @@ from pathlib import Path
 from typing import Any
 
 
+def is_plugin(name: str) -> bool:
+    return ":" in name
+
+
 def load_function(name: str) -> Callable[..., Any]:
     """The function that `name` points to, "networks.py:open_vgg" or "package.module:open_vgg".
 
