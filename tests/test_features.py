@@ -108,6 +108,9 @@ def test_pixel_features_see_colour_place_and_detail():
     assert seen[0][48:].abs().max() < 1e-4  # a flat picture has no detail
     assert seen[3][48:52].min() > 0.1 and (seen[3][:48] - seen[0][:48]).abs().max() < 0.5
     assert (seen[1] - seen[0])[:48].abs().max() > 1 and (seen[2] - seen[0])[16:48].abs().max() > 0.3
+    stripes = ((torch.arange(48) // 4) % 2 * 0.2).expand(1, 3, 48, 48)  # seen only by means over 8 pixels
+    detail = pixel_features(stripes)[0, 48:].reshape(3, 4)
+    assert detail[:2].max() < 1e-4 and detail[2].min() > 0.1
     assert pixel_features(torch.rand(2, 3, 37, 61)).isfinite().all()
 
 

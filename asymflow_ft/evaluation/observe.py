@@ -32,7 +32,8 @@ class References:
 @dataclass(frozen=True)
 class Observed:
     """Of N pictures: "features" (N, 1, d), "patches" (N, patches, d), "spectrum" (N, rings), "thumbnail" (N, 3, S, S),
-    and (N, 1) under the keys of metrics, NaN where a picture has no reference. `enlarged`: how many were smaller than what they are seen at."""
+    and (N, 1) under the keys of metrics, NaN where a picture has no reference. `enlarged`: how many were smaller than
+    what they are seen at."""
 
     parts: dict[str, Tensor]
     enlarged: int
