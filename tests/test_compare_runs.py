@@ -125,7 +125,7 @@ def test_its_own_picture_is_replaced_and_no_other(tmp_path):
 def test_what_cannot_be_compared_is_told_why(tmp_path, capsys):
     run = make_run(tmp_path / "a", [3.0])
     out = tmp_path / "p.png"
-    with pytest.raises(ValueError, match="nothing is no training run: it has no recipe.yaml"):
+    with pytest.raises(ValueError, match=r"nothing is no training run: it has no recipe\.yaml"):
         compare_runs([run, tmp_path / "nothing"], out)
     with pytest.raises(ValueError, match="no training step yet"):
         compare_runs([make_run(tmp_path / "new", [])], out)
