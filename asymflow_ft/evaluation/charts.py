@@ -8,6 +8,7 @@ from markupsafe import Markup
 
 from asymflow_ft.evaluation.results import Difference, Metric
 
+MINUS = "\u2212"
 FINEST = 0.5  # cycles per pixel; what is beyond lies in the corners, in diagonal directions alone
 
 
@@ -82,7 +83,7 @@ def spectra_chart(spectra: dict[str, list[float]], names: Sequence[str]) -> Spec
             '<line class="{kind}" x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>'
             '<text x="{end}" y="{base:.1f}" text-anchor="end">{name}</text>'
         ).format(kind="zero" if zero and level == 0 else "grid", left=left, right=right, y=y(level), end=left - 8,
-                 base=y(level) + 4, name="0 dB" if level == 0 else name.replace("-", "−")))  # fmt: skip
+                 base=y(level) + 4, name="0 dB" if level == 0 else name.replace("-", MINUS)))  # fmt: skip
     for octave in range(math.ceil(coarsest - 1e-9), 0):
         parts.append(Markup(
             '<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{upper}" y2="{lower}"/>'

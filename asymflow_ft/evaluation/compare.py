@@ -17,9 +17,17 @@ from PIL import Image
 from asymflow_ft.recipe import Recipe, flat, load_recipe
 
 SOFTWARE = "asymflow-ft compare-runs"  # in the picture's metadata
-POINTS = 60  # of a smoothed curve: each is the mean over a window of a sixtieth of the run
+POINTS = 60  # of the longest run's smoothed curve
 FIGURES = {"retrieval_at_5": "retrieval@5", "picture_error": "picture error", "sharpness": "sharpness"}
-SAME_LOSS = ("loss.", "noise.", "pixels.", "data.", "align.", "base")  # keys of which the loss is a function
+LOSS_KEYS = (
+    "base",
+    "data.source",
+    "data.mix",
+    "data.resolution",
+    "pixels.",
+    "noise.",
+    "loss.",
+)  # what it is a loss of
 Lines = list[dict[str, Any]]
 
 
@@ -121,14 +129,18 @@ def curve(lines: Lines, key: str) -> tuple[np.ndarray, np.ndarray]:
     return np.array([step for step, _ in kept]), np.array([value for _, value in kept], dtype=float)
 
 
-def smooth(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Means over windows of a sixtieth of the curve, at the windows' mean steps."""
-    window = max(1, len(values) // POINTS)
-    ends = range(window, len(values) + 1, window)
-    return (
-        np.array([steps[end - window : end].mean() for end in ends]),
-        np.array([values[end - window : end].mean() for end in ends]),
-    )  # fmt: skip
+def window_of(runs: Sequence[Run]) -> int:
+    """Steps that a point of a smoothed curve is the mean of: the same for all runs, or their noise would differ."""
+    return max(1, max(run.train[-1]["step"] for run in runs) // POINTS)
+
+
+def smooth(steps: np.ndarray, values: np.ndarray, window: int) -> tuple[np.ndarray, np.ndarray]:
+    """Mean steps and values of the steps 1 to `window`, the next `window`, and so on."""
+    if not len(steps):
+        return steps, values
+    starts = np.unique((steps - 1) // window, return_index=True)[1]
+    counts = np.diff([*starts, len(steps)])
+    return np.add.reduceat(steps, starts) / counts, np.add.reduceat(values, starts) / counts
 
 
 def differing(runs: Sequence[Run]) -> dict[str, list[Any]]:
@@ -142,11 +154,13 @@ def differing(runs: Sequence[Run]) -> dict[str, list[Any]]:
 
 def describe(runs: Sequence[Run]) -> str:
     """Final figures by run, and the recipe keys in which the runs differ."""
-    names = [run.name for run in runs]
+    names, window = [run.name for run in runs], window_of(runs)
+    losses = [curve(run.train, "loss")[1][-window:] for run in runs]
     rows = {
         "state": [run.status.get("state", "unknown") for run in runs],
         "step": [f"{run.train[-1]['step']} of {run.recipe.train.steps}" for run in runs],
-        "loss, end of the run": [_figure(smooth(*curve(run.train, "loss"))[1][-1:]) for run in runs],
+        "images per step": [str(run.status.get("images_per_step", "")) for run in runs],
+        f"loss, last {window} steps": [_figure(loss.mean() if loss.size else None) for loss in losses],
     }
     levels = dict.fromkeys(level for run in runs for level in run.held_out)
     for level in levels:
@@ -165,8 +179,8 @@ def describe(runs: Sequence[Run]) -> str:
         parts.append("recipe keys that differ\n" + _table(["", *names], changed))
     elif len(runs) > 1:
         parts.append("the recipes are the same")
-    if any(key.startswith(SAME_LOSS) for key in changed):
-        parts.append("the losses are not comparable: the recipes differ in what the loss is of; compare the samples")
+    if found := [key for key in changed if key.startswith(LOSS_KEYS)]:
+        parts.append(f"the losses are of different things ({', '.join(found)}): compare samples and metrics instead")
     return "\n\n".join(parts)
 
 
@@ -192,6 +206,7 @@ def _table(head: Sequence[str], rows: dict[str, list[str]]) -> str:
 
 
 def _draw(runs: Sequence[Run], file: Path) -> None:
+    window = window_of(runs)
     batches = [run.status.get("images_per_step", 1) for run in runs]
     per_step = batches if len(set(batches)) > 1 else [1] * len(runs)
     axis = "images seen" if len(set(batches)) > 1 else "step"
@@ -206,8 +221,9 @@ def _draw(runs: Sequence[Run], file: Path) -> None:
     styles = [(colours[i % len(colours)], ("-", "--", ":", "-.")[i // len(colours) % 4]) for i in range(len(runs))]
     loss, held_out, *others = grid.flat
     for run, times, (colour, style) in zip(runs, per_step, styles, strict=True):
-        steps, values = smooth(*curve(run.train, "loss"))
-        loss.plot(steps * times, values, color=colour, linestyle=style, label=run.name)
+        steps, values = smooth(*curve(run.train, "loss"), window)
+        dots = "." if len(steps) < 3 else ""
+        loss.plot(steps * times, values, color=colour, linestyle=style, marker=dots, label=run.name)
         before, after = run.held_out, run.final.get("held_out_error", {}).get("finetuned", {})
         for errors, alpha in ((before, 0.35), (after, 1.0)):
             held_out.plot([float(x) for x in errors], list(errors.values()), color=colour, linestyle=style,
@@ -215,7 +231,7 @@ def _draw(runs: Sequence[Run], file: Path) -> None:
         for key, axes in zip(keys, others, strict=False):
             steps, values = curve(run.metrics, key)
             axes.plot(steps * times, values, color=colour, linestyle=style, marker="o", markersize=3.5)
-    loss.set(title="training loss (mean over a sixtieth of the run)", xlabel=axis)
+    loss.set(title="training loss" + (f" (mean of {window} steps)" if window > 1 else ""), xlabel=axis)
     held_out.set(title="held-out error: pale at step 0, full when finished", xlabel="noise level sigma")
     for key, axes in zip(keys, others, strict=False):
         axes.set(title=key, xlabel=axis)
@@ -227,6 +243,8 @@ def _draw(runs: Sequence[Run], file: Path) -> None:
     for axes in (loss, held_out):
         if axes.lines and all(y > 0 for line in axes.lines for y in line.get_ydata()):
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("{x:.2g}")
     figure.legend(loc="outside lower center", ncols=min(4, len(runs)), frameon=False)
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(file.name + ".part")

@@ -45,10 +45,10 @@ TABLE_3 = Table(
         "AsymFLUX, + variance reduction": (12.99, 0.296, 0.925, 0.280, 18.5, 27.8),
         "AsymFLUX, + variance reduction + LPIPS": (13.06, 0.297, 0.925, 0.278, 19.1, 22.5),
     },
-    "10,000 COCO captions. FID and pFID depend on the real pictures, their number, the extractor and the patches, CLIP "
-    "on which CLIP, HPSv3 on the prompts; so a number here says something only beside one of the same evaluation, and "
-    "what can be held against the paper is the difference between two rows. The paper's pixel models win on "
-    "preference (HPS) and lose VQA, FID and pFID to the latent finetune.",
+    "10,000 COCO captions. FID and pFID depend on the real pictures, their number, the extractor and the patches, "
+    "CLIP on which CLIP, HPSv3 on the prompts. So a number here says something only beside one of the same "
+    "evaluation, and what can be held against the paper is the difference between two rows. The paper's pixel models "
+    "win on preference (HPS) and lose VQA, FID and pFID to the latent finetune.",
     prompts=10_000,
 )  # fmt: skip
 

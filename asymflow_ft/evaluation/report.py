@@ -14,7 +14,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from asymflow_ft.evaluation import paper
-from asymflow_ft.evaluation.charts import forest, spectra_chart
+from asymflow_ft.evaluation.charts import MINUS, forest, spectra_chart
 from asymflow_ft.evaluation.gallery import gather, random_places, show
 from asymflow_ft.evaluation.pictures import sheet
 from asymflow_ft.evaluation.results import Difference, Metric, Model, Results, Value
@@ -159,14 +159,14 @@ def digits(found: Value | Difference) -> int:
 def number(value: float, decimals: int) -> str:
     """With a real minus sign."""
     if not math.isfinite(value):
-        return "not a number" if math.isnan(value) else "∞" if value > 0 else "−∞"
+        return "not a number" if math.isnan(value) else "∞" if value > 0 else f"{MINUS}∞"
     text = f"{value:,.{decimals}f}"
-    return text.lstrip("-") if float(text.replace(",", "")) == 0 else text.replace("-", "−")
+    return text.lstrip("-") if float(text.replace(",", "")) == 0 else text.replace("-", MINUS)
 
 
 def signed(value: float, decimals: int) -> str:
     text = number(value, decimals)
-    return text if text[0] == "−" or value <= 0 or not math.isfinite(value) else f"+{text}"
+    return f"+{text}" if value > 0 and text != number(0, decimals) else text
 
 
 def three_digits(value: float) -> str:
