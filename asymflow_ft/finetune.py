@@ -212,7 +212,7 @@ def finetune(recipe: Recipe) -> None:
     # Step 0: the lifted base, before any training.
     draw_pixels = validation.pixel_drawer(pipeline, network)
     step_0 = validation.draw("step 0 samples", "step_0", draw_pixels)
-    validation.keep("step 0", "pixels, step 0", step_0)
+    validation.keep("step 0", "pixels, step 0", step_0, 0)
     held_out_file = out / "logs/held_out_step_0.json"
     if not held_out_file.is_file():
         network.eval()
@@ -280,6 +280,8 @@ def finetune(recipe: Recipe) -> None:
             with ema.applied():
                 now = validation.draw(f"step {step} samples", f"step_{step}", draw_pixels, recipe.sample.count)
             validation.save_grid(step, {f"pixels, step {step}": now})
+            if main_process:
+                validation.log(step, validation.measure(now))
     progress.close()
     stop.release()
 
@@ -288,7 +290,7 @@ def finetune(recipe: Recipe) -> None:
         finetuned = validation.draw("final samples", f"final_{step}", draw_pixels)
         network.eval()
         errors = validation.held_out_errors(model)
-    validation.keep("finetuned", f"pixels, step {step}", finetuned)
+    validation.keep("finetuned", f"pixels, step {step}", finetuned, step)
     validation.save_grid(step)
     averages = gather(ema.average, main_process)
     if main_process:

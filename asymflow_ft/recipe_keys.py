@@ -189,7 +189,7 @@ class Sample:
     clamp: bool = True
     shift: float | None = None
     shift_mode: Literal["sqrt", "exp", "static"] = "sqrt"
-    judge: int = 0  # prompts of the retrieval measurement, which needs captions that name images of the data set
+    judge: int = 0  # prompts whose pictures are held against their own image; they must be captions of the data
 
 
 @dataclass(frozen=True)

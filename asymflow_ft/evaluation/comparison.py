@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from torch import Tensor
 
@@ -10,8 +10,6 @@ from asymflow_ft.evaluation import statistics
 from asymflow_ft.evaluation.distribution import Reference, frechet_distance, kernel_distance
 from asymflow_ft.evaluation.results import Difference, Metric, Value
 
-if TYPE_CHECKING:
-    from asymflow_ft.evaluation.suites import Prompt
 
 FEW_PROMPTS, CATEGORY_PROMPTS = 10, 8
 BIAS_SHARE = 0.1  # of FID, from which on its bias is worth a warning
@@ -31,7 +29,7 @@ class Column:
 
 
 def compare_means(
-    metric: Metric, column: Column, prompts: "Sequence[Prompt]", per_prompt: int, seed: int
+    metric: Metric, column: Column, prompts: Sequence[Prompt], per_prompt: int, seed: int
 ) -> tuple[list[Value], list[Difference]]:
     """Over all prompts, and over those of each category that has enough of them."""
     usable = next(iter(column.rows.values())).isfinite().all(1).nonzero()[:, 0].tolist()

@@ -1,10 +1,8 @@
 """Which metrics there are, and all of them of several models' pictures, with intervals and verdicts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
@@ -17,9 +15,7 @@ from asymflow_ft.evaluation.features import Features
 from asymflow_ft.evaluation.observe import RETRIEVAL_DEPTH, Observed, References, observe
 from asymflow_ft.evaluation.results import Difference, Metric, Value
 from asymflow_ft.evaluation.scorers import Picture
-
-if TYPE_CHECKING:
-    from asymflow_ft.evaluation.suites import Prompt
+from asymflow_ft.evaluation.suites import Prompt
 
 DEFAULT_CLIP = "openai/clip-vit-large-patch14"
 METRICS = {metric.key: metric for metric in (
@@ -112,7 +108,7 @@ def check_metrics(names: Sequence[str], has_real: bool, has_references: bool, fe
 
 
 def measure(
-    pictures: dict[str, list[list[Path]]], prompts: "Sequence[Prompt]", real: Sequence[Picture] | None,
+    pictures: Mapping[str, Sequence[Sequence[Picture]]], prompts: Sequence[Prompt], real: Sequence[Picture] | None,
     references: Sequence[Image.Image | None], names: Sequence[str], features: Features | None, at: tuple[int, int],
     seed: int, device: torch.device | str = "cpu", clip: str = DEFAULT_CLIP,
 ) -> Measured:  # fmt: skip
@@ -211,7 +207,7 @@ def _per_prompt(rows: Tensor, prompts: int) -> Tensor:
 
 
 def _text_scores(
-    pictures: dict[str, list[list[Path]]], prompts: "Sequence[Prompt]", known: list[tuple[str, Picture]],
+    pictures: Mapping[str, Sequence[Sequence[Picture]]], prompts: Sequence[Prompt], known: list[tuple[str, Picture]],
     names: Sequence[str], device: torch.device | str, clip: str,
 ) -> dict[str, dict[str, Tensor]]:  # fmt: skip
     """By metric and model, (P * K, 1); "real" are the references, `known` with their prompts."""

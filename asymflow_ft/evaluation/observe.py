@@ -113,18 +113,10 @@ def observe(
 
 
 def _fidelity(rgb: Tensor, other: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
-    """PSNR and SSIM, (B,), through torchmetrics.
+    """PSNR and SSIM, (B,)."""
+    # a second's import, which the other commands need not wait for
+    from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-    Raises:
-        ValueError: torchmetrics is missing.
-    """
-    try:
-        from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
-    except ImportError as error:
-        raise ValueError(
-            f"metrics psnr and ssim need torchmetrics, which does not import ({error}). Install it with "
-            "`pip install 'asymflow-ft[evaluate]'`, or leave them out of --metrics"
-        ) from error
     a, b = rgb / 2 + 0.5, other / 2 + 0.5  # SSIM depends on where zero is
     found = {}
     if "psnr" in names:

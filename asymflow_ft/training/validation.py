@@ -5,6 +5,7 @@ stays within the memory of training. Processes share the work and take part in t
 sharded training needs.
 """
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -21,15 +22,19 @@ from tqdm import tqdm
 from asymflow_ft.components.color import PixelCodec
 from asymflow_ft.components.subspace import PixelModel, PixelSubspace
 from asymflow_ft.data.prepare import PreparedData
+from asymflow_ft.evaluation.metrics import METRICS, default_metrics, measure
 from asymflow_ft.evaluation.pictures import sheet
-from asymflow_ft.evaluation.retrieval import picture_error, retrieval_rank, sharpness, thumbnails
+from asymflow_ft.evaluation.suites import Prompt
 from asymflow_ft.method.patches import to_image, to_tokens
 from asymflow_ft.recipe import Recipe
+from asymflow_ft.training.checkpoint import write_whole
 from asymflow_ft.training.objective import condition_of
+from asymflow_ft.training.run import read_lines
 from asymflow_ft.training.stages import Prepared
 
 HELD_OUT_SIGMAS = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95)
-RETRIEVAL_DEPTH = 5
+# of `asymflow-ft evaluate`, those that take no network of their own and make sense of a few pictures
+WATCHED = ("picture_error", "retrieval_at_5", "sharpness", "spectrum_error", "high_band")
 Draw = Callable[[int, int], Sequence[Image.Image]]  # pictures of the prompts [start, stop)
 
 
@@ -71,13 +76,14 @@ class Validation:
         embeds = [data.encoded.embeds(prompt) for prompt in self.prompts]
         self.embeds = pad_sequence(embeds, batch_first=True).to(accelerator.device)
         self.empty = data.encoded.embeds("").to(accelerator.device)
-        self.rows: dict[str, list[Image.Image]] = {}
+        self.rows: dict[str, Sequence[Image.Image | None]] = {}
         self.metrics: dict[str, dict] = {}
-        self.judge = None
-        if recipe.sample.judge:
-            self.judge = Judge([data.train, data.held_out], self.prompts[: recipe.sample.judge])
-            self.rows["real"] = self.judge.real()
-            self.metrics["real"] = {"sharpness": sharpness(self.rows["real"])}
+        self.real = [data.held_out.picture(i) for i in range(len(data.held_out))]
+        judged = self.prompts[: recipe.sample.judge]
+        self.references: list[Image.Image | None] = [*_pictures_of(judged, [data.train, data.held_out])]
+        self.references += [None] * (len(self.prompts) - len(judged))
+        if judged:
+            self.rows["real"] = self.references
 
     def base_drawer(self, family: ModuleType, parts: DiffusionPipeline) -> Draw:
         """The latent base by its own pipeline, from the projection of the same noise."""
@@ -132,11 +138,38 @@ class Validation:
                 pictures.append(stored.convert("RGB"))
         return pictures
 
-    def keep(self, name: str, label: str, pictures: list[Image.Image]) -> None:
-        """Measure them under `name`, and make them the row `label` of the grids to come."""
+    def keep(self, name: str, label: str, pictures: list[Image.Image], step: int | None = None) -> None:
+        """Measure them under `name`, and make them the row `label` of the grids to come.
+
+        Args:
+            step: optimizer step of the model in training, None for another.
+        """
         self.rows[label] = pictures
-        judged = pictures[: self.recipe.sample.judge]
-        self.metrics[name] = {"sharpness": sharpness(pictures)} if self.judge is None else self.judge.measure(judged)
+        if self.accelerator.is_main_process:
+            self.metrics[name] = self.measure(pictures)
+            if step is not None:
+                self.log(step, self.metrics[name])
+
+    def measure(self, pictures: Sequence[Image.Image]) -> dict[str, float]:
+        """WATCHED, of the pictures of the first prompts, one each, as far as there is something to compare with: real
+        pictures are the held-out ones, or without any the prompts' own."""
+        prompts = [Prompt(text, str(i)) for i, text in enumerate(self.prompts[: len(pictures)])]
+        references = self.references[: len(pictures)]
+        can = default_metrics(bool(self.real), any(references), None)
+        found = measure(
+            {"drawn": [[picture] for picture in pictures]}, prompts, self.real, references,
+            [key for key in WATCHED if key in can], None, self.size, self.recipe.seed,
+        )  # fmt: skip
+        self.metrics["real"] = {value.metric: value.value for value in found.values if value.model == "real"}
+        return {value.metric: value.value for value in found.values if value.model == "drawn"}
+
+    def log(self, step: int, figures: dict[str, float]) -> None:
+        """A line in logs/metrics.jsonl, where those of a later or equal step, of before an interruption, go; and the
+        trackers."""
+        file = self.out / "logs/metrics.jsonl"
+        lines = [line for line in read_lines(file) if line["step"] < step] + [{"step": step, **figures}]
+        write_whole(file, "".join(json.dumps(line) + "\n" for line in lines).encode())
+        self.accelerator.log({f"metrics/{name}": value for name, value in figures.items()}, step=step)
 
     def save_grid(self, step: int, more: dict[str, list[Image.Image]] = {}) -> None:  # noqa: B006 never changed
         """samples/step-000123.png: a row per model (those kept, then `more`), a column per prompt."""
@@ -178,46 +211,23 @@ class Validation:
         return {str(sigma): (sums[j] / sums[-1]).item() for j, sigma in enumerate(HELD_OUT_SIGMAS)}
 
 
-class Judge:
-    """Retrieval of prompts among all pictures of the data set.
+def _pictures_of(prompts: Sequence[str], data: Sequence[PreparedData]) -> list[Image.Image]:
+    """The picture that each prompt is the caption of.
 
     Raises:
         ValueError: a prompt is not the caption of any picture.
     """
-
-    def __init__(self, data: Sequence[PreparedData], prompts: Sequence[str]):
-        self.places: list[tuple[PreparedData, int]] = []
-        captions: list[str] = []
-        small: list[Tensor] = []
-        seen: set[str] = set()  # one image may stand there at several sizes and under several names
-        for part in data:
-            for i, entry in enumerate(tqdm(part.entries, desc="gallery", leave=False, disable=None, mininterval=1)):
-                if entry.digest not in seen:
-                    seen.add(entry.digest)
-                    self.places.append((part, i))
-                    captions.append(part.images.captions(entry.row)[0])
-                    small.append(thumbnails([part.picture(i)])[0])
-        unknown = [prompt for prompt in prompts if prompt not in captions]
-        if unknown:
-            raise ValueError(
-                f"sample.judge measures retrieval, but {len(unknown)} of {len(prompts)} prompts are no caption of the "
-                f"data, such as {unknown[0]!r}; use captions as prompts, or set sample.judge=0"
-            )
-        self.targets = [captions.index(prompt) for prompt in prompts]
-        self.thumbnails = torch.stack(small)
-
-    def real(self) -> list[Image.Image]:
-        """The picture that belongs to each prompt."""
-        return [part.picture(i) for part, i in (self.places[target] for target in self.targets)]
-
-    def measure(self, pictures: Sequence[Image.Image]) -> dict[str, float]:
-        """Retrieval@5, picture error and sharpness of one drawn picture per prompt."""
-        ranks = retrieval_rank(pictures, self.thumbnails, self.targets)
-        return {
-            f"retrieval_at_{RETRIEVAL_DEPTH}": (ranks < RETRIEVAL_DEPTH).float().mean().item(),
-            "picture_error": picture_error(pictures, self.thumbnails, self.targets),
-            "sharpness": sharpness(pictures),
-        }
+    places: dict[str, tuple[PreparedData, int]] = {}
+    for part in data if prompts else ():
+        for i, entry in enumerate(part.entries):
+            places.setdefault(part.images.captions(entry.row)[0], (part, i))
+    unknown = [prompt for prompt in prompts if prompt not in places]
+    if unknown:
+        raise ValueError(
+            f"sample.judge compares with prompts' own pictures, but {len(unknown)} of {len(prompts)} prompts are no "
+            f"caption of the data, such as {unknown[0]!r}; use captions as prompts, or set sample.judge=0"
+        )
+    return [part.picture(i) for part, i in map(places.__getitem__, prompts)]
 
 
 def summary(metrics: dict[str, dict], out: Path, model: Path) -> str:
@@ -226,8 +236,7 @@ def summary(metrics: dict[str, dict], out: Path, model: Path) -> str:
     Args:
         model: the folder of the result.
     """
-    columns = {"retrieval_at_5": "retrieval@5", "picture_error": "picture error", "sharpness": "sharpness"}
-    columns = {key: title for key, title in columns.items() if key in metrics["step 0"]}
+    columns = {key: METRICS[key].title for key in WATCHED if key in metrics["step 0"]}
     lines = [f"{'':14}" + "".join(f"{title:>15}" for title in columns.values())]
     for name in ("real", "latent base", "step 0", "finetuned"):
         values = [metrics.get(name, {}).get(key) for key in columns]
