@@ -9,7 +9,7 @@ from torch import Tensor
 from asymflow_ft.evaluation import statistics
 from asymflow_ft.evaluation.distribution import Reference, frechet_distance, kernel_distance
 from asymflow_ft.evaluation.results import Difference, Metric, Value
-
+from asymflow_ft.evaluation.suites import Prompt
 
 FEW_PROMPTS, CATEGORY_PROMPTS = 10, 8
 BIAS_SHARE = 0.1  # of FID, from which on its bias is worth a warning
