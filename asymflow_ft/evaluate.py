@@ -273,6 +273,7 @@ def _score(
     has_references = any(row is not None for row in paired)
     names = scoring.metrics or default_metrics(real is not None, has_references, scoring.features)
     measured = measure(pictures, suite.prompts, real, references, names, features, at, how.seed, device)
+    _write_pictures(out / "pictures.jsonl", suite, measured.pictures)
     costs = [_model(out, model, suite) for model in models]
     benchmarks, faults = _benchmarks(suite, pictures, out, say)
     return Results(
@@ -282,6 +283,17 @@ def _score(
         {**asdict(how), "models": {model.name: model.settings() for model in models}}, versions(),
         [*notes, *(note for _, more in costs for note in more), *measured.warnings, *faults], benchmarks,
     )  # fmt: skip
+
+
+def _write_pictures(file: Path, suite: Suite, values: dict[str, dict[str, list[float]]]) -> None:
+    """A line for every picture of every model with its own values, null where a prompt has no reference."""
+    places = [(prompt.id, k) for prompt in suite.prompts for k in range(suite.per_prompt)]
+    lines = []
+    for model, columns in values.items():
+        for i, (id, k) in enumerate(places):
+            own = {key: column[i] if math.isfinite(column[i]) else None for key, column in columns.items()}
+            lines.append(json.dumps({"model": model, "prompt": id, "k": k, **own}) + "\n")
+    write_whole(file, "".join(lines).encode())
 
 
 def _model(out: Path, model: Model, suite: Suite) -> tuple[found.Model, list[str]]:

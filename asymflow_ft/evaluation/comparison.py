@@ -58,13 +58,13 @@ def compare_means(
         if metric.better == "closer" and column.target is None:
             continue  # nothing to be close to
         for other in others:
-            change = found[asked].minus(found[other])
-            interval = judged = statistics.bootstrap_interval(change, len(members))
-            better: Literal["higher", "lower"] = "higher" if metric.better == "higher" else "lower"
+            pair = (found[asked], found[other])
             if metric.better == "closer" and column.target is not None:
-                away = found[asked].distance(column.target).minus(found[other].distance(column.target))
-                judged = statistics.bootstrap_interval(away, len(members))
-            word = statistics.verdict(judged, better) if len(members) > 1 else "no difference seen"
+                pair = (pair[0].distance(column.target), pair[1].distance(column.target))
+            change = pair[0].minus(pair[1])
+            interval = statistics.bootstrap_interval(change, len(members))
+            better: Literal["higher", "lower"] = "higher" if metric.better == "higher" else "lower"
+            word = statistics.verdict(interval, better) if len(members) > 1 else "no difference seen"
             differences.append(Difference(metric.key, asked, other, change.value, *interval, word, category))
     if column.real is not None:
         own, interval = estimate(column.real)

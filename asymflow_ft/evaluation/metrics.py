@@ -56,18 +56,21 @@ METRICS = {metric.key: metric for metric in (
 _SETS = {"fid": "features", "kid": "features", "pfid": "patches"}
 _TEXT = ("clip", "hpsv3", "hpsv2")
 _BESIDE = ("psnr", "ssim", "lpips", "feature_distance", "picture_error", "retrieval_at_5")
+_SINGLE = (*_TEXT, *_BESIDE, "sharpness")
 _SPECTRAL = ("spectrum_error", *spectrum.BANDS)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What results.json holds of the metrics. spectra: {"frequency", model, "real"}; empty if none was asked for."""
+    """What results.json holds of the metrics. spectra: {"frequency", model, "real"}; empty if none was asked for.
+    pictures: of each model, the metrics that single pictures have, P * K numbers each, prompt by prompt."""
 
     metrics: list[Metric]
     values: list[Value]
     differences: list[Difference]
     spectra: dict[str, list[float]]
     warnings: list[str]
+    pictures: dict[str, dict[str, list[float]]]
 
 
 def default_metrics(has_real: bool, has_references: bool, features: str | None) -> list[str]:
@@ -173,7 +176,12 @@ def measure(
     if truth is not None and "spectrum" in truth.parts:
         spectra = {"frequency": spectrum.frequency_rings(at[1], at[0])[1].tolist()}
         spectra |= {name: o.parts["spectrum"].mean(0).tolist() for name, o in {**seen, "real": truth}.items()}
-    return Measured([METRICS[key] for key in names], values, differences, spectra, warnings)
+    single = {
+        model: {key: scores[key][model] if key in _TEXT else one.parts[key] for key in names if key in _SINGLE}
+        for model, one in seen.items()
+    }
+    each = {model: {key: part[:, 0].tolist() for key, part in parts.items()} for model, parts in single.items()}
+    return Measured([METRICS[key] for key in names], values, differences, spectra, warnings, each)
 
 
 def _column(

@@ -52,8 +52,8 @@ class Value:
 
 @dataclass(frozen=True)
 class Difference:
-    """`value` = the first model's minus the other's, on the same prompts and noise, with its paired 95 % interval.
-    `verdict`: of the first model."""
+    """`value` = the first model's minus the other's, on the same prompts and noise, with its paired 95 % interval; of
+    distances to the real pictures' value where that is the aim ("closer"). `verdict`: of the first model."""
 
     metric: str
     model: str
