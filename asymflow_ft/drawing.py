@@ -239,8 +239,7 @@ def noise_of(model: Model, seed: int, wanted: Sequence[Wanted]) -> Tensor:
 def draw(
     model: Model, how: Drawing, wanted: Sequence[Wanted], batch_size: int, device: torch.device, show: bool = True
 ) -> Iterator[Drawn]:  # fmt: skip
-    """Draw pictures, batch by batch. The text encoder is gone before the transformer comes
-    to the device.
+    """Draw pictures, batch by batch. The text encoder is gone before the transformer comes to the device.
 
     Raises:
         ValueError: the model cannot be loaded, or a batch needs more memory than there is.
@@ -291,7 +290,7 @@ def _load_pixel(
         finite.append(pixels.isfinite().flatten(1).all(dim=1))
         return decode(pixels)
 
-    # every step's estimate is clamped by decoding it, which makes black of what is not finite
+    # the pipeline clamps every step's estimate by decoding and encoding it, which makes black of what is not finite
     pipeline.codec.decode = watched
 
     def run(noise: Tensor, text: Tensor) -> tuple[list[Image.Image], list[bool]]:

@@ -476,6 +476,7 @@ def test_the_summary_says_who_is_better():
         [], 1, (64, 64), metrics, [Value("clip", "mine", 0.25, 0.2, 0.3, 3), Value("clip", "real", 0.5, 0.4, 0.6, 3)],
         [of("clip", "better"), of("sharp", "better"), of("kid", "worse"), of("fid", "no difference seen"),
          of("fid", "better", "animals")], {}, {}, {}, ["few pictures"],
+        {"geneval": {"base": {"overall": 0.82, "colors": 0.9}}},
     )  # fmt: skip
     assert verdict(results, "base") == (
         "mine against base: better in CLIP, SHARP; worse in KID; no difference seen in FID"
@@ -483,5 +484,6 @@ def test_the_summary_says_who_is_better():
     lines = describe(results, Path("out/report.html")).split("\n")
     assert lines[0].split() == ["mine", "base", "real"]
     assert lines[1].split() == ["CLIP", "0.25", "[0.2,", "0.3]", "0.5", "[0.4,", "0.6]"]
-    assert lines[5].split() == ["seconds", "per", "picture", "2", "4"]
+    assert lines[5].split() == ["geneval", "0.82"] and lines[5].index("0.82") == lines[0].index("base")
+    assert lines[6].split() == ["seconds", "per", "picture", "2", "4"]
     assert lines[-3] == "warning: few pictures" and lines[-1] == "report: out/report.html"

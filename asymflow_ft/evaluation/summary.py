@@ -15,6 +15,8 @@ def describe(results: Results, report: Path) -> str:
         rows.append(
             [metric.title, *("" if v is None else f"{v.value:.4g} [{v.low:.4g}, {v.high:.4g}]" for v in values)]
         )
+    for name, scores in results.benchmarks.items():
+        rows.append([name, *(f"{scores[model]['overall']:.4g}" if model in scores else "" for model in names)])
     rows.append(["seconds per picture", *(f"{model.seconds[1]:.3g}" for model in results.models)])
     rows.append(["memory in GB", *(f"{model.memory_gb:.3g}" for model in results.models)])
     widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(len(shown) + 1)]
