@@ -18,25 +18,21 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from asymflow_ft import drawing
+from asymflow_ft import evaluate as module
+from asymflow_ft.cli import main
+from asymflow_ft.drawing import Drawing, Wanted, name_models, open_models
+from asymflow_ft.evaluate import Scoring, evaluate
+from asymflow_ft.evaluation.results import Difference, Metric, Results, Value, load_results
+from asymflow_ft.evaluation.results import Model as EvaluatedModel
+from asymflow_ft.evaluation.suites import Prompt, Suite
+from asymflow_ft.evaluation.summary import describe
 from asymflow_ft.families import flux2
 from asymflow_ft.hub.write import export
 from asymflow_ft.method.patches import to_image, to_tokens
-from tests import evaluation_stand_in
 from tests.conftest import REPOSITORY
 from tests.converted import converted_lora
 from tests.tiny import flux1
-
-evaluation_stand_in.install()
-
-from asymflow_ft import drawing  # noqa: E402
-from asymflow_ft import evaluate as module  # noqa: E402
-from asymflow_ft.cli import main  # noqa: E402
-from asymflow_ft.drawing import Drawing, Wanted, name_models, open_models  # noqa: E402
-from asymflow_ft.evaluate import Scoring, evaluate  # noqa: E402
-from asymflow_ft.evaluation.results import Difference, Metric, Results, Value, load_results  # noqa: E402
-from asymflow_ft.evaluation.results import Model as EvaluatedModel  # noqa: E402
-from asymflow_ft.evaluation.suites import Prompt, Suite  # noqa: E402
-from asymflow_ft.evaluation.summary import describe, verdict  # noqa: E402
 
 TEXTS = ["red apple", "rocket", "deer"]
 HOW = Drawing(steps=2, seed=7, dtype="float32")
@@ -209,10 +205,7 @@ def test_ctrl_c_says_how_to_go_on(run, models, tmp_path, monkeypatch, capsys):
 def test_two_processes_killed_and_continued_draw_what_one_draws(models, tiny_base, tmp_path, drawn):
     (tmp_path / "p.txt").write_text("\n".join(TEXTS))
     out = tmp_path / "two"
-    code = (
-        "import sys, asymflow_ft.evaluation; from tests import evaluation_stand_in; evaluation_stand_in.install();"
-        "from asymflow_ft import cli; sys.exit(cli.main(sys.argv[1:]))"
-    )
+    code = "import sys, asymflow_ft.evaluation; from asymflow_ft import cli; sys.exit(cli.main(sys.argv[1:]))"
     command = [
         sys.executable, "-c", code, "evaluate", "--pipeline", str(models / "mine/pipeline"), "--against",
         f"base={tiny_base}", "--prompts", str(tmp_path / "p.txt"), "--out", str(out), "--steps", "2", "--seed", "7",

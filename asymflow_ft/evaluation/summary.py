@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from asymflow_ft.evaluation.report import comparisons
 from asymflow_ft.evaluation.results import Results
 
 
@@ -22,19 +23,5 @@ def describe(results: Results, report: Path) -> str:
     widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(len(shown) + 1)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip() for row in rows]
     lines += [f"warning: {warning}" for warning in results.warnings]
-    lines += [verdict(results, name) for name in names[1:]]
+    lines += [comparison.sentence for comparison in comparisons(results)]
     return "\n".join([*lines, f"report: {report}"])
-
-
-def verdict(results: Results, against: str) -> str:
-    """In one sentence, what the first model is better in than another."""
-    titles = {metric.key: metric.title for metric in results.metrics}
-    kinds = {"better": "better in", "worse": "worse in", "no difference seen": "no difference seen in"}
-    parts = []
-    for kind, words in kinds.items():
-        same = [
-            titles[d.metric] for d in results.differences
-            if d.against == against and d.verdict == kind and d.category is None
-        ]  # fmt: skip
-        parts += [f"{words} {', '.join(same)}"] if same else []
-    return f"{results.models[0].name} against {against}: {'; '.join(parts) or 'no metric compares them'}"
