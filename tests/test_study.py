@@ -30,7 +30,8 @@ def test_a_sweep_changes_its_own_factor_alone(arms):
     """A subspace of another kind, pixels and LoRA bring a second key with them; all else is that of arm (e)."""
     center = flat(load_recipe(STUDY / "conversion.yaml"))
     allowed = {
-        "basis": {"align.path"}, "scale": {"align.path"}, "kappa": {"loss.kappa"}, "data": {"data.source", "data.held_out"},
+        "basis": {"align.path"}, "scale": {"align.path"}, "kappa": {"loss.kappa"},
+        "data": {"data.source", "data.held_out"},
         "pixels": {"align.path", "pixels.space", "pixels.mean", "pixels.std"},
         "perceptual weight": {"loss.perceptual_weight"}, "training shift": {"noise.shift"},
         "LoRA rank": {"lora", "lora.rank", "lora.dropout", "lora.ends", "train.lr"},

@@ -124,7 +124,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="at most this many of each arm")
     parser.add_argument("--only", help="one arm, by name")
     parser.add_argument(
-        "--smoke", action="store_true", help="three arms for two steps, four prompts; the page goes into --out"
+        "--smoke", action="store_true", help="three arms, two steps, four prompts"
     )
     args = parser.parse_args()
     steps = {"train": train, "evaluate": evaluate, "report": write}
