@@ -18,6 +18,8 @@ import starts
 from arms import ARMS, OUT, Arm
 from report import PAGE, report
 
+from asymflow_ft.evaluation.results import load_results
+
 RECIPE = Path(__file__).parent / "conversion.yaml"
 NETWORKS = Path(__file__).parent / "networks.py"
 BASE = "recipes/tiny/base"
@@ -101,12 +103,21 @@ def evaluate(args: argparse.Namespace) -> None:
             continue
         first = models.pop(FIRST)
         others = [word for one in (f"base={BASE}", *models.values()) for word in ("--against", one)]
-        run("-m", "asymflow_ft.cli", "evaluate", "--pipeline", first, *others, *shared,
-            "--out", args.out / f"evaluation_{seed}")  # fmt: skip
+        out = args.out / f"evaluation_{seed}"
+        if not has_models(out, {FIRST, "base", *models}):
+            run("-m", "asymflow_ft.cli", "evaluate", "--pipeline", first, *others, *shared, "--out", out)
         for factor in () if args.smoke or seed > 1 else SHIFTS:
             shift = factor * starts.rule_shift(BASE, str(args.out / "subspaces/procrustes"))
-            run("-m", "asymflow_ft.cli", "evaluate", "--pipeline", first, *shared, "--shift", f"{shift:.4f}",
-                "--out", args.out / f"shift_{factor:g}_{seed}")  # fmt: skip
+            out = args.out / f"shift_{factor:g}_{seed}"
+            if not has_models(out, {FIRST}):
+                run("-m", "asymflow_ft.cli", "evaluate", "--pipeline", first, *shared, "--shift", f"{shift:.4f}",
+                    "--out", out)  # fmt: skip
+
+
+def has_models(evaluation: Path, names: set[str]) -> bool:
+    """Whether an evaluation is finished with all of these, so that scoring it again would give the same."""
+    file = evaluation / "results.json"
+    return file.is_file() and {model.name for model in load_results(file).models} >= names
 
 
 def write(args: argparse.Namespace) -> None:
@@ -123,9 +134,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(OUT))
     parser.add_argument("--seeds", type=int, default=3, help="at most this many of each arm")
     parser.add_argument("--only", help="one arm, by name")
-    parser.add_argument(
-        "--smoke", action="store_true", help="three arms, two steps, four prompts"
-    )
+    parser.add_argument("--smoke", action="store_true", help="three arms, two steps, four prompts")
     args = parser.parse_args()
     steps = {"train": train, "evaluate": evaluate, "report": write}
     for name, work in steps.items():
