@@ -11,6 +11,11 @@ from accelerate import Accelerator
 
 from asymflow_ft import demo, finetune
 from asymflow_ft.align import align, describe
+from asymflow_ft.bench import report
+from asymflow_ft.bench.architectures import find_architecture
+from asymflow_ft.bench.sample import bench_sample
+from asymflow_ft.bench.step import bench_step
+from asymflow_ft.bench.workload import Options
 from asymflow_ft.components.color import PixelCodec
 from asymflow_ft.components.pipelines import NEGATIVE_PROMPT
 from asymflow_ft.data.decode import decode
@@ -184,6 +189,28 @@ def run_demo(args: argparse.Namespace) -> None:
     print(f"{args.export_space} is a Space; `hf upload USER/SPACE {args.export_space} --repo-type space` uploads it")
 
 
+def run_bench(args: argparse.Namespace) -> None:
+    device = process_state().device
+    options = Options(
+        resolution=args.resolution, batch=args.batch, quant=args.quant, compile=args.compile,
+        precision=args.precision or ("no" if device.type == "cpu" else "bf16"), rank=None if args.full else args.rank,
+        checkpointing=not args.no_checkpointing, reference=not args.no_reference, optimizer=args.optimizer,
+        perceptual="none" if args.no_reference else args.perceptual, repeats=args.repeats,
+    )  # fmt: skip
+    on = report.machine(device)
+    try:
+        result = {"step": bench_step, "sample": bench_sample}[args.what](find_architecture(args.arch), options, device)
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"{error}\nthe GPU is too small for this. A smaller --resolution or --batch needs less; for a training "
+            "step so do --quant nf4, a smaller --rank, --optimizer adamw8bit and --perceptual none"
+        ) from error
+    print(report.TABLES[args.what](result))
+    if args.out:
+        report.save(args.out, result, on)
+        print(f"\nbench.json and chart.png in {args.out}")
+
+
 def default_dtype() -> str:
     return "float32" if process_state().device.type == "cpu" else "bfloat16"
 
@@ -198,4 +225,5 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "synthesize": run_synthesize,
     "push": run_push,
     "demo": run_demo,
+    "bench": run_bench,
 }

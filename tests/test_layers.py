@@ -6,7 +6,7 @@ from tests.conftest import REPOSITORY
 
 LAYERS = [
     {"method", "recipe_keys"}, {"recipe", "components"}, {"evaluation", "data", "families"}, {"hub"}, {"training"},
-    {"align"}, {"export"}, {"finetune", "synthesize", "demo"}, {"commands"}, {"cli"},
+    {"align"}, {"export"}, {"finetune", "synthesize", "demo", "bench"}, {"commands"}, {"cli"},
 ]  # fmt: skip
 SHARED = ("base", "terms", "vae")  # what families have in common
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

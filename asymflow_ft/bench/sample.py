@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ def traced(pipeline: DiffusionPipeline, device: torch.device) -> Iterator[Callab
         picture()
         calls = len(inside) // len(marks)
         each = [sum(inside[i : i + calls]) for i in range(calls, len(inside), calls)]
-        return Trace([b - a for a, b in zip(marks, marks[1:], strict=False)], [marks[0] - started], each)
+        return Trace([b - a for a, b in pairwise(marks)], [marks[0] - started], each)
 
     hooks = [pipeline.transformer.register_forward_pre_hook(enter), pipeline.transformer.register_forward_hook(leave)]
     pipeline.scheduler.step = watched

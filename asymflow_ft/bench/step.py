@@ -2,7 +2,6 @@
 
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -251,9 +250,11 @@ def measured_memory(run: Run, peak_bytes: int | None) -> dict[str, int | None]:
     if run.recipe.train.compile:  # what compiled code allocates is not seen
         return {**held, "activations": None}
     batch = next_batch(run.batches)
-    for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)
-    with Meter([*run.network.parameters(), *run.network.buffers(), batch.rgb, batch.z0, batch.embeds]) as meter:
+    gradients = [torch.zeros_like(parameter) for parameter in parameters]
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
+    known = [*run.network.parameters(), *run.network.buffers(), *run.model.subspace.buffers(), *gradients]
+    with Meter([*known, batch.rgb, batch.z0, batch.embeds]) as meter:
         losses(run, batch)
     run.optimizer.zero_grad()
     return {**held, "activations": meter.peak}
