@@ -113,23 +113,13 @@ def align(
     if not grams.tokens:
         raise ValueError(f"none of the {len(chosen)} images could be read, first: {unreadable[0]}")
 
-    patch, fit = family.pixel_patch(vae), procrustes(grams)
-    shares = linear_shares(grams) if grams.tokens >= TOKENS_PER_VALUE * len(grams.pixel) else None
-    subspace = PixelSubspace.from_fit(fit.basis, fit.scale)
-    shift = family.latent_shift(parts)
-    report = Report(
-        base=base, pixels=pixels_of(codec), images=len(chosen) - len(unreadable), unreadable=unreadable,
-        tokens=int(grams.tokens), patch=patch, rank=family.latent_dim(vae), scale=fit.scale.item(),
-        orthonormality_error=orthonormality_error(subspace.basis), latent_shift=shift,
-        pixel_shift=shift * fit.scale.item(), linear_shares=asdict(shares) if shares else None,
-        verdict=judge(shares), singular_values=fit.singular_values.tolist(),
-        **_own_map(grams, codec), **_energy(grams, fit, patch, codec),
-    )  # fmt: skip
+    images, patch, shift = len(chosen) - len(unreadable), family.pixel_patch(vae), family.latent_shift(parts)
+    subspace, report = make_report(base, grams, codec, patch, shift, images, unreadable)
     if state.is_main_process:
         out.mkdir(parents=True, exist_ok=True)
         subspace.save_pretrained(out)
         write_json(out / "report.json", asdict(report))
-        _draw(out / "report.png", report, _strip(family, vae, codec, subspace, examples))
+        draw(out / "report.png", report, strip(family, vae, codec, subspace, examples))
     state.wait_for_everyone()
     return report
 
@@ -171,6 +161,31 @@ def sum_tokens(
         if len(examples) < EXAMPLES:
             examples.append((rgb.cpu(), z.cpu()))
     return grams, unreadable, examples
+
+
+def make_report(
+    base: str, grams: Grams, codec: PixelCodec, patch: int, shift: float, images: int, unreadable: list[str]
+) -> tuple[PixelSubspace, Report]:
+    """The fit to sums, and what they say about it.
+
+    Args:
+        shift: the base's native timestep shift. images: how many the sums are of.
+
+    Raises:
+        ValueError: the latents do not determine the basis.
+    """
+    fit = procrustes(grams)
+    shares = linear_shares(grams) if grams.tokens >= TOKENS_PER_VALUE * len(grams.pixel) else None
+    subspace = PixelSubspace.from_fit(fit.basis, fit.scale)
+    report = Report(
+        base=base, pixels=pixels_of(codec), images=images, unreadable=unreadable,
+        tokens=int(grams.tokens), patch=patch, rank=len(grams.latent), scale=fit.scale.item(),
+        orthonormality_error=orthonormality_error(subspace.basis), latent_shift=shift,
+        pixel_shift=shift * fit.scale.item(), linear_shares=asdict(shares) if shares else None,
+        verdict=judge(shares), singular_values=fit.singular_values.tolist(),
+        **_own_map(grams, codec), **_energy(grams, fit, patch, codec),
+    )  # fmt: skip
+    return subspace, report
 
 
 def pixels_of(codec: PixelCodec) -> dict[str, object]:
@@ -240,7 +255,7 @@ def _energy(grams: Grams, fit: Fit, patch: int, codec: PixelCodec) -> dict[str, 
     }
 
 
-def _strip(
+def strip(
     family: ModuleType, vae: torch.nn.Module, codec: PixelCodec, subspace: PixelSubspace, examples: list[Example]
 ) -> dict[str, list[Image.Image]]:
     """Example pictures by row: original, VAE decode, lift, residual (original - lift, about grey)."""
@@ -260,7 +275,8 @@ def to_picture(rgb: Tensor) -> Image.Image:
     return Image.fromarray(((rgb.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy())
 
 
-def _draw(file: Path, report: Report, rows: dict[str, list[Image.Image]]) -> None:
+def draw(file: Path, report: Report, rows: dict[str, list[Image.Image]]) -> None:
+    """report.png: figures above, the rows of `strip` below."""
     figure = plt.figure(figsize=(12, 12), layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=(1, 2.4))
     spectrum, energy, channels = top.subplots(1, 3)

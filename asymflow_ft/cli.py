@@ -221,11 +221,11 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser(
         "bench", help="measure speed and memory",
-        description="Measure with random weights, without a download: a training step, or drawing in pixels against "
-        "drawing in latents. Prints a table; --out gets bench.json and chart.png. docs/performance.md says what the "
-        "rows mean.",
+        description="Measure with random weights, without a download: a training step, aligning, the cache, or drawing "
+        "in pixels against drawing in latents. Prints a table; --out gets bench.json and chart.png. docs/performance.md "
+        "says what the rows mean.",
     )  # fmt: skip
-    command.add_argument("what", choices=("step", "sample"))
+    command.add_argument("what", choices=("step", "align", "cache", "sample"))
     command.add_argument(
         "--arch", default="tiny", help="tiny, 100m, klein-4b, klein-9b, or a transformer's config.json (default: tiny)"
     )
@@ -242,6 +242,9 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--perceptual", choices=("vgg", "none"), default="vgg", help="default: vgg")
     command.add_argument(
         "--optimizer", choices=("adamw8bit", "adamw"), help="default: adamw8bit on a GPU, adamw on a CPU"
+    )
+    command.add_argument(
+        "--images", type=int, help="pictures to align (default: 16), or entries of the largest cache (default: 10000)"
     )
     command.add_argument("--repeats", type=int, default=10, help="measured repetitions (default: 10)")
     command.add_argument("--out", type=Path, help="folder for bench.json and chart.png")

@@ -12,7 +12,9 @@ from accelerate import Accelerator
 from asymflow_ft import demo, finetune
 from asymflow_ft.align import align, describe
 from asymflow_ft.bench import report
+from asymflow_ft.bench.align import bench_align
 from asymflow_ft.bench.architectures import find_architecture
+from asymflow_ft.bench.cache import bench_cache
 from asymflow_ft.bench.sample import bench_sample
 from asymflow_ft.bench.step import bench_step
 from asymflow_ft.bench.workload import Options
@@ -196,10 +198,11 @@ def run_bench(args: argparse.Namespace) -> None:
         precision=args.precision or ("no" if device.type == "cpu" else "bf16"), rank=None if args.full else args.rank,
         checkpointing=not args.no_checkpointing, reference=not args.no_reference, optimizer=args.optimizer,
         perceptual="none" if args.no_reference else args.perceptual, repeats=args.repeats,
+        images=args.images,
     )  # fmt: skip
     on = report.machine(device)
     try:
-        result = {"step": bench_step, "sample": bench_sample}[args.what](find_architecture(args.arch), options, device)
+        result = BENCHES[args.what](find_architecture(args.arch), options, device)
     except torch.OutOfMemoryError as error:
         raise ValueError(
             f"{error}\nthe GPU is too small for this. A smaller --resolution or --batch needs less; for a training "
@@ -215,6 +218,7 @@ def default_dtype() -> str:
     return "float32" if process_state().device.type == "cpu" else "bfloat16"
 
 
+BENCHES = {"step": bench_step, "align": bench_align, "cache": bench_cache, "sample": bench_sample}
 COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "families": run_families,
     "align": run_align,

@@ -10,6 +10,7 @@ from typing import Any
 
 import psutil
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 PACKAGES = ("asymflow-ft", "torch", "diffusers", "transformers", "accelerate", "peft", "bitsandbytes")
@@ -123,6 +124,48 @@ def sample_table(result: Mapping[str, Any]) -> str:
     return "\n\n".join([grid(rows), "\n".join(lines)])
 
 
+def align_table(result: Mapping[str, Any]) -> str:
+    count, threads = result["images"], result["threads"]
+    rows = [[f"seconds per picture, of {count}", "median", "quartiles"]]
+    rows += [[f"  {stage}", *spread(timing)] for stage, timing in result["stages"].items()]
+    rows += [["once", "", ""], *([f"  {name}", *spread(timing)] for name, timing in result["ends"].items())]
+    rows += [["pictures together", "", ""]]
+    rows += [[f"  {name}", *spread(timing)] for name, timing in result["passes"].items()]
+    lines = [
+        f"align over decode + encode {result['align_over_decode_encode']:.3f} with {threads} threads that decode, "
+        f"{result['without_threads']:.3f} without; {result['thousand_images']:.3f} for 1,000 pictures, solving and "
+        "drawing report.png included",
+        f"align grows {growth(result['growth'])}",
+    ]
+    return "\n\n".join([grid(rows), "\n".join(lines)])
+
+
+def growth(found: Mapping[str, Any]) -> str:
+    return (
+        f"with the power {found['exponent']:.2f} of {', '.join(f'{n:,}' for n in found['sizes'])}: "
+        f"{seconds(found['fixed'])} + {seconds(found['each'])} each"
+    )
+
+
+def cache_table(result: Mapping[str, Any]) -> str:
+    rows = [["per picture", "median", "quartiles"]]
+    rows += [[f"  {name}", *spread(timing)] for name, timing in result["fill"].items()]
+    rows += [["per training sample", "", ""]]
+    rows += [[f"  {name}", *spread(timing)] for name, timing in result["read"].items()]
+    for name, wait in result["wait"].items():
+        rows += [[f"training step, {name}", *spread(wait["step"])], ["  waits for data", *spread(wait["wait"])]]
+    for size, both in result["starts"].items():
+        rows += [[f"{name}, {int(size):,} pictures", *spread(timing)] for name, timing in both.items()]
+    waits = ", ".join(f"{wait['share']:.1%} ({name})" for name, wait in result["wait"].items())
+    lines = [
+        f"filling: {result['pictures_per_second']:.3g} pictures/s of {size(result['bytes_per_picture'])}, written "
+        f"at {size(result['bytes_per_second'])}/s; reading: {result['samples_per_second']:.3g} samples/s",
+        f"waits for data: {waits} of a step",
+        *(f"{name} grows {growth(found)}" for name, found in result["growth"].items()),
+    ]
+    return "\n\n".join([grid(rows), "\n".join(lines)])
+
+
 def step_chart(result: Mapping[str, Any]) -> Figure:
     """Where a step's time and memory go."""
     figure = Figure(figsize=(10, 4), layout="constrained")
@@ -157,8 +200,43 @@ def sample_chart(result: Mapping[str, Any]) -> Figure:
     return figure
 
 
-TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {"step": step_table, "sample": sample_table}
-CHARTS: dict[str, Callable[[Mapping[str, Any]], Figure]] = {"step": step_chart, "sample": sample_chart}
+def align_chart(result: Mapping[str, Any]) -> Figure:
+    """A picture's stages, and how aligning grows."""
+    figure = Figure(figsize=(10, 3.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    stages = list(result["stages"])[::-1]
+    left.barh(stages, [1000 * result["stages"][stage]["median"] for stage in stages])
+    left.set_xlabel("ms a picture")
+    growth_lines(right, {"align": result["growth"]}, "pictures")
+    return figure
+
+
+def cache_chart(result: Mapping[str, Any]) -> Figure:
+    """A training sample's stages, and how the start of a run grows."""
+    figure = Figure(figsize=(10, 3.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    parts = [part for part in result["read"] if part != "whole"][::-1]
+    left.barh(parts, [1000 * result["read"][part]["median"] for part in parts])
+    left.set_xlabel("ms a training sample")
+    growth_lines(right, result["growth"], "pictures in the data set")
+    return figure
+
+
+def growth_lines(axes: Axes, curves: Mapping[str, Mapping[str, Any]], of: str) -> None:
+    for name, found in curves.items():
+        (line,) = axes.loglog(found["sizes"], found["seconds"], "o", label=f"{name}: power {found['exponent']:.2f}")
+        fitted = [found["fixed"] + found["each"] * n for n in found["sizes"]]
+        axes.loglog(found["sizes"], fitted, color=line.get_color(), linewidth=1)
+    axes.set(xlabel=of, ylabel="s")
+    axes.legend()
+
+
+TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "step": step_table, "align": align_table, "cache": cache_table, "sample": sample_table,
+}  # fmt: skip
+CHARTS: dict[str, Callable[[Mapping[str, Any]], Figure]] = {
+    "step": step_chart, "align": align_chart, "cache": cache_chart, "sample": sample_chart,
+}  # fmt: skip
 
 
 def save(out: Path, result: Mapping[str, Any], on: Mapping[str, Any]) -> None:

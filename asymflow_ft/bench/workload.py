@@ -27,7 +27,8 @@ IMAGES = 8
 @dataclass(frozen=True)
 class Options:
     """What is measured, as the command line has it. rank: of the LoRA, None trains all weights. optimizer: None is
-    the recipes' default on a GPU, and 32 bits on a CPU."""
+    the recipes' default on a GPU, and 32 bits on a CPU. images: pictures to align, or entries of the largest
+    cache; None is the benchmark's own number."""
 
     resolution: int | None = None
     batch: int = 1
@@ -40,6 +41,7 @@ class Options:
     reference: bool = True
     optimizer: str | None = None
     repeats: int = 10
+    images: int | None = None
 
 
 def resolution_of(architecture: Architecture, options: Options) -> int:
@@ -52,7 +54,8 @@ def resolution_of(architecture: Architecture, options: Options) -> int:
     if side < patch or side % patch:
         near = max(round(side / patch), 1) * patch
         raise ValueError(f"--resolution {side} is not a multiple of the patch, {patch}; the nearest is {near}")
-    for name, value in (("--batch", options.batch), ("--repeats", options.repeats), ("--rank", options.rank)):
+    for name, value in (("--batch", options.batch), ("--repeats", options.repeats), ("--rank", options.rank),
+                        ("--images", options.images)):  # fmt: skip
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}; it must be 1 or more")
     return side

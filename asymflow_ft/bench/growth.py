@@ -1,0 +1,39 @@
+"""How a cost grows: the exponent of a power, and a fixed part with one for each piece."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Growth:
+    """Seconds for sizes n. exponent: slope of log seconds over log n; 1 is proportional, more is a warning, less has a
+    fixed part. fixed, each: the nearest `fixed + each * n` in seconds (relative errors count alike, neither is
+    negative)."""
+
+    sizes: list[int]
+    seconds: list[float]
+    exponent: float
+    fixed: float
+    each: float
+
+
+def fit_growth(seconds: Mapping[int, float]) -> Growth:
+    """Growth of seconds by size.
+
+    Raises:
+        ValueError: fewer than two sizes.
+    """
+    if len(seconds) < 2:
+        raise ValueError(f"{len(seconds)} size tells nothing about growth; measure two or more")
+    n, t = np.array(list(seconds), dtype=float), np.array(list(seconds.values()))
+    exponent = np.polyfit(np.log(n), np.log(t), 1)[0]
+    # a line whose best fixed part or slope is negative is best without that part
+    candidates = []
+    for columns in ((np.ones_like(n), n), (np.zeros_like(n), n), (np.ones_like(n), np.zeros_like(n))):
+        system = np.stack(columns, axis=1) / t[:, None]
+        found = np.linalg.lstsq(system, np.ones_like(n), rcond=None)[0]
+        candidates.append((not (found >= 0).all(), float(((system @ found - 1) ** 2).sum()), found))
+    fixed, each = min(candidates, key=lambda candidate: candidate[:2])[2]
+    return Growth(list(seconds), t.tolist(), float(exponent), float(fixed), float(each))
