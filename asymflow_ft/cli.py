@@ -221,9 +221,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser(
         "bench", help="measure speed and memory",
-        description="Measure with random weights, without a download: a training step, aligning, the cache, or drawing "
-        "in pixels against drawing in latents. Prints a table; --out gets bench.json and chart.png. docs/performance.md "
-        "says what the rows mean.",
+        description="Measure with random weights, without a download: a training step, aligning, the cache, or "
+        "drawing in pixels against drawing in latents. Prints a table; --out gets bench.json and chart.png. "
+        "docs/performance.md says what the rows mean.",
     )  # fmt: skip
     command.add_argument("what", choices=("step", "align", "cache", "sample"))
     command.add_argument(

@@ -154,8 +154,8 @@ def cache_table(result: Mapping[str, Any]) -> str:
     rows += [[f"  {name}", *spread(timing)] for name, timing in result["read"].items()]
     for name, wait in result["wait"].items():
         rows += [[f"training step, {name}", *spread(wait["step"])], ["  waits for data", *spread(wait["wait"])]]
-    for size, both in result["starts"].items():
-        rows += [[f"{name}, {int(size):,} pictures", *spread(timing)] for name, timing in both.items()]
+    for count, both in result["starts"].items():
+        rows += [[f"{name}, {int(count):,} pictures", *spread(timing)] for name, timing in both.items()]
     waits = ", ".join(f"{wait['share']:.1%} ({name})" for name, wait in result["wait"].items())
     lines = [
         f"filling: {result['pictures_per_second']:.3g} pictures/s of {size(result['bytes_per_picture'])}, written "
