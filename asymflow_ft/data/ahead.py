@@ -19,14 +19,11 @@ def ahead(work: Callable[[Item], Result], items: Iterable[Item], threads: int = 
     if not threads:
         yield from map(work, items)
         return
+    waiting: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(threads) as pool:
-        waiting: deque[Future[Result]] = deque()
-        try:
-            for item in items:
-                waiting.append(pool.submit(work, item))
-                if len(waiting) > 2 * threads:
-                    yield waiting.popleft().result()
-            while waiting:
+        for item in items:
+            waiting.append(pool.submit(work, item))
+            if len(waiting) > 2 * threads:
                 yield waiting.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)  # of a consumer that stops early
+        while waiting:
+            yield waiting.popleft().result()
