@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from asymflow_ft import cli
-from asymflow_ft.bench.growth import fit_growth
+from asymflow_ft.bench.growth import fit_growth, sizes_up_to
 
 SIZES = (10, 100, 1000, 10_000)
 
@@ -18,8 +18,7 @@ def test_growth_of_known_laws():
     assert square.exponent == pytest.approx(2) and square.fixed == 0  # no line with a negative start
     assert fit_growth(dict.fromkeys(SIZES, 2.0)).exponent == pytest.approx(0)
     assert fit_growth({n: 7.0 * n for n in SIZES}).each == pytest.approx(7)
-    with pytest.raises(ValueError, match="two or more"):
-        fit_growth({10: 1.0})
+    assert sizes_up_to(64, (8, 1, 2)) == [8, 32, 64] and sizes_up_to(2, (8, 4, 2, 1)) == [1, 2]
 
 
 def run(what, out, *options):
@@ -56,6 +55,7 @@ def test_cache_from_filling_to_waiting(tmp_path, capsys):
     assert "waits for data: " in capsys.readouterr().out
 
 
-def test_sizes_that_cannot_be(tmp_path, capsys):
-    assert cli.main(["bench", "align", "--images", "0"]) == 1
-    assert "--images is 0; it must be 1 or more" in capsys.readouterr().err
+def test_sizes_that_cannot_be(capsys):
+    for what in ("align", "cache"):
+        assert cli.main(["bench", what, "--images", "1"]) == 1
+        assert "--images is 1; growth is measured" in capsys.readouterr().err

@@ -15,7 +15,7 @@ from torch import Tensor
 from asymflow_ft.align import draw, make_report, strip, sum_tokens
 from asymflow_ft.bench.architectures import Architecture, random_vae
 from asymflow_ft.bench.clock import Stopwatch, Timing, interleaved, measure, summary
-from asymflow_ft.bench.growth import fit_growth
+from asymflow_ft.bench.growth import fit_growth, sizes_up_to
 from asymflow_ft.bench.workload import Options, picture, resolution_of
 from asymflow_ft.components.color import PixelCodec, rgb_tensor
 from asymflow_ft.data.ahead import THREADS
@@ -80,9 +80,9 @@ def bench_align(architecture: Architecture, options: Options, device: torch.devi
         ValueError: options that cannot work.
     """
     family, side, repeats = architecture.family, resolution_of(architecture, options), options.repeats
+    count = IMAGES if options.images is None else options.images
+    sizes = sizes_up_to(count, (8, 4, 2, 1))
     vae, codec = random_vae(architecture, torch.float32, device), PixelCodec()
-    count = options.images or IMAGES
-    sizes = sorted({max(count // part, 1) for part in (8, 4, 2, 1)})
 
     with picture_folder(count, side) as images:
 

@@ -17,7 +17,7 @@ from PIL import Image
 from asymflow_ft.bench.align import picture_folder
 from asymflow_ft.bench.architectures import Architecture, random_vae
 from asymflow_ft.bench.clock import Stopwatch, Timing, interleaved, measure, summary
-from asymflow_ft.bench.growth import fit_growth
+from asymflow_ft.bench.growth import fit_growth, sizes_up_to
 from asymflow_ft.bench.step import build_run, time_steps
 from asymflow_ft.bench.workload import Options, make_data, make_recipe
 from asymflow_ft.components.color import rgb_tensor
@@ -146,8 +146,7 @@ def bench_cache(architecture: Architecture, options: Options, device: torch.devi
         ValueError: options that cannot work.
     """
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
-    most = options.images or ENTRIES
-    sizes = sorted({max(most // part, 1) for part in (100, 10, 1)})
+    sizes = sizes_up_to(ENTRIES if options.images is None else options.images, (100, 10, 1))
     waits, starts = {}, {}
     for name, workers in (("no workers", 0), ("as the recipe's default", None)):
         with tempfile.TemporaryDirectory(prefix="asymflow-bench-") as folder:

@@ -1,6 +1,6 @@
 """How a cost grows: the exponent of a power, and a fixed part with one for each piece."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,14 +19,19 @@ class Growth:
     each: float
 
 
-def fit_growth(seconds: Mapping[int, float]) -> Growth:
-    """Growth of seconds by size.
+def sizes_up_to(most: int, parts: Sequence[int]) -> list[int]:
+    """`most` over each of `parts`, ascending.
 
     Raises:
-        ValueError: fewer than two sizes.
+        ValueError: no two sizes, which growth is seen by.
     """
-    if len(seconds) < 2:
-        raise ValueError(f"{len(seconds)} size tells nothing about growth; measure two or more")
+    if most < 2:
+        raise ValueError(f"--images is {most}; growth is measured from one size to another, so it must be 2 or more")
+    return sorted({max(most // part, 1) for part in parts})
+
+
+def fit_growth(seconds: Mapping[int, float]) -> Growth:
+    """Growth of seconds by size, of two sizes or more."""
     n, t = np.array(list(seconds), dtype=float), np.array(list(seconds.values()))
     exponent = np.polyfit(np.log(n), np.log(t), 1)[0]
     # a line whose best fixed part or slope is negative is best without that part

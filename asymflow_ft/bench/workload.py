@@ -54,8 +54,7 @@ def resolution_of(architecture: Architecture, options: Options) -> int:
     if side < patch or side % patch:
         near = max(round(side / patch), 1) * patch
         raise ValueError(f"--resolution {side} is not a multiple of the patch, {patch}; the nearest is {near}")
-    for name, value in (("--batch", options.batch), ("--repeats", options.repeats), ("--rank", options.rank),
-                        ("--images", options.images)):  # fmt: skip
+    for name, value in (("--batch", options.batch), ("--repeats", options.repeats), ("--rank", options.rank)):
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}; it must be 1 or more")
     return side
