@@ -3,7 +3,9 @@
 import itertools
 import json
 import random
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -16,6 +18,7 @@ from tqdm import tqdm
 
 from asymflow_ft.components.color import PixelCodec, rgb_tensor
 from asymflow_ft.components.subspace import PixelSubspace, orthonormality_error
+from asymflow_ft.data.ahead import THREADS, ahead
 from asymflow_ft.data.buckets import bucket_size, fit_image
 from asymflow_ft.data.decode import UnreadableImage
 from asymflow_ft.data.source import Images
@@ -96,49 +99,93 @@ def align(
     with state.main_process_first():
         parts = family.load_parts(base, ("vae", "scheduler"), torch.float32, revision)
     vae = parts.vae.to(state.device)
-    patch, rank = family.pixel_patch(vae), family.latent_dim(vae)
     chosen = random.Random(seed).sample(range(len(source)), min(num_images, len(source)))
-    grams, unreadable, examples = Grams.zeros(3 * patch**2, rank), [], []
-    for row in tqdm(
-        chosen[state.process_index :: state.num_processes], desc="align", disable=not state.is_main_process
-    ):
-        try:
-            image = source.image(row)
-        except UnreadableImage as error:
-            unreadable.append(str(error))
-            continue
-        rgb = rgb_tensor(fit_image(image, bucket_size(*image.size, resolution, patch)))[None]
-        generator = torch.Generator().manual_seed(seed + row) if sample else None
-        z = family.encode_latents(vae, rgb, generator).cpu()
-        grams.update(z, to_tokens(codec.encode(rgb), patch))
-        if len(examples) < EXAMPLES:
-            examples.append((rgb, z))
-    if state.num_processes > 1:  # not every device knows float64
+    own = chosen[state.process_index :: state.num_processes]
+    progress = partial(tqdm, desc="align", total=len(own), disable=not state.is_main_process)
+    grams, unreadable, examples = sum_tokens(
+        family, vae, source, own, codec, resolution, seed if sample else None, progress=progress
+    )
+    if state.num_processes > 1:
         for tensor in grams.tensors():
-            tensor.copy_(reduce(tensor.to(state.device), "sum").cpu())
+            tensor.copy_(reduce(tensor.to(state.device), "sum"))
+    grams = grams.to("cpu")
     unreadable = gather_object(unreadable)
     if not grams.tokens:
         raise ValueError(f"none of the {len(chosen)} images could be read, first: {unreadable[0]}")
 
+    images, patch, shift = len(chosen) - len(unreadable), family.pixel_patch(vae), family.latent_shift(parts)
+    subspace, report = make_report(base, grams, codec, patch, shift, images, unreadable)
+    if state.is_main_process:
+        out.mkdir(parents=True, exist_ok=True)
+        subspace.save_pretrained(out)
+        write_json(out / "report.json", asdict(report))
+        draw(out / "report.png", report, strip(family, vae, codec, subspace, examples))
+    state.wait_for_everyone()
+    return report
+
+
+Example = tuple[Tensor, Tensor]  # rgb (1, 3, H, W) and its latent tokens (1, N, R)
+
+
+@torch.no_grad()
+def sum_tokens(
+    family: ModuleType, vae: torch.nn.Module, source: Images, rows: Sequence[int], codec: PixelCodec, resolution: int,
+    seed: int | None = None, threads: int = THREADS, progress: Callable[[Iterable], Iterable] = iter,
+) -> tuple[Grams, list[str], list[Example]]:  # fmt: skip
+    """The sums over all tokens of the images `rows`, why some could not be read, and the first few as examples.
+
+    Args:
+        seed: sample the posterior of row n with seed + n; None takes its mode.
+        threads: they decode and cut up images while the VAE works; the result is the same for any number.
+        progress: shows how far the images are, such as tqdm.
+    """
+    patch, device = family.pixel_patch(vae), vae.device
+    exact = "cpu" if device.type == "mps" else device  # which knows no float64
+    grams, unreadable, examples = Grams.zeros(3 * patch**2, family.latent_dim(vae), exact), [], []
+
+    def read(row: int) -> tuple[Tensor, Tensor] | str:
+        try:
+            image = source.image(row)
+        except UnreadableImage as error:
+            return str(error)
+        rgb = rgb_tensor(fit_image(image, bucket_size(*image.size, resolution, patch)))[None].to(device)
+        return rgb, to_tokens(codec.encode(rgb), patch)
+
+    for row, found in zip(rows, progress(ahead(read, rows, threads)), strict=True):
+        if isinstance(found, str):
+            unreadable.append(found)
+            continue
+        rgb, x = found
+        z = family.encode_latents(vae, rgb, None if seed is None else torch.Generator().manual_seed(seed + row))
+        grams.update(z, x)
+        if len(examples) < EXAMPLES:
+            examples.append((rgb.cpu(), z.cpu()))
+    return grams, unreadable, examples
+
+
+def make_report(
+    base: str, grams: Grams, codec: PixelCodec, patch: int, shift: float, images: int, unreadable: list[str]
+) -> tuple[PixelSubspace, Report]:
+    """The fit to sums, and what they say about it.
+
+    Args:
+        shift: the base's native timestep shift. images: how many the sums are of.
+
+    Raises:
+        ValueError: the latents do not determine the basis.
+    """
     fit = procrustes(grams)
     shares = linear_shares(grams) if grams.tokens >= TOKENS_PER_VALUE * len(grams.pixel) else None
     subspace = PixelSubspace.from_fit(fit.basis, fit.scale)
-    shift = family.latent_shift(parts)
     report = Report(
-        base=base, pixels=pixels_of(codec), images=len(chosen) - len(unreadable), unreadable=unreadable,
-        tokens=int(grams.tokens), patch=patch, rank=rank, scale=fit.scale.item(),
+        base=base, pixels=pixels_of(codec), images=images, unreadable=unreadable,
+        tokens=int(grams.tokens), patch=patch, rank=len(grams.latent), scale=fit.scale.item(),
         orthonormality_error=orthonormality_error(subspace.basis), latent_shift=shift,
         pixel_shift=shift * fit.scale.item(), linear_shares=asdict(shares) if shares else None,
         verdict=judge(shares), singular_values=fit.singular_values.tolist(),
         **_own_map(grams, codec), **_energy(grams, fit, patch, codec),
     )  # fmt: skip
-    if state.is_main_process:
-        out.mkdir(parents=True, exist_ok=True)
-        subspace.save_pretrained(out)
-        write_json(out / "report.json", asdict(report))
-        _draw(out / "report.png", report, _strip(family, vae, codec, subspace, examples))
-    state.wait_for_everyone()
-    return report
+    return subspace, report
 
 
 def pixels_of(codec: PixelCodec) -> dict[str, object]:
@@ -208,10 +255,7 @@ def _energy(grams: Grams, fit: Fit, patch: int, codec: PixelCodec) -> dict[str, 
     }
 
 
-Example = tuple[Tensor, Tensor]
-
-
-def _strip(
+def strip(
     family: ModuleType, vae: torch.nn.Module, codec: PixelCodec, subspace: PixelSubspace, examples: list[Example]
 ) -> dict[str, list[Image.Image]]:
     """Example pictures by row: original, VAE decode, lift, residual (original - lift, about grey)."""
@@ -231,7 +275,8 @@ def to_picture(rgb: Tensor) -> Image.Image:
     return Image.fromarray(((rgb.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy())
 
 
-def _draw(file: Path, report: Report, rows: dict[str, list[Image.Image]]) -> None:
+def draw(file: Path, report: Report, rows: dict[str, list[Image.Image]]) -> None:
+    """report.png: figures above, the rows of `strip` below."""
     figure = plt.figure(figsize=(12, 12), layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=(1, 2.4))
     spectrum, energy, channels = top.subplots(1, 3)

@@ -19,6 +19,7 @@ EXAMPLES = """examples:
   asymflow-ft push outputs/exported --repo user/name --dry-run
   asymflow-ft demo outputs/tiny/pipeline --base recipes/tiny/base
   asymflow-ft compare-runs outputs/tiny outputs/other --out outputs/runs.png
+  asymflow-ft bench step --arch tiny --out outputs/bench
 """
 
 
@@ -272,6 +273,36 @@ def build_parser() -> argparse.ArgumentParser:
         "--out", type=Path, required=True, metavar="PICTURE.png",
         help="replaced if it is there and of this command; another picture is not",
     )  # fmt: skip
+
+    command = commands.add_parser(
+        "bench", help="measure speed and memory",
+        description="Measure with random weights, without a download: a training step, aligning, the cache, or "
+        "drawing in pixels against drawing in latents. Prints a table; --out gets bench.json and chart.png. "
+        "docs/performance.md says what the rows mean.",
+    )  # fmt: skip
+    command.add_argument("what", choices=("step", "align", "cache", "sample"))
+    command.add_argument(
+        "--arch", default="tiny", help="tiny, 100m, klein-4b, klein-9b, or a transformer's config.json (default: tiny)"
+    )
+    command.add_argument("--resolution", type=int, help="pixels (default: tiny 128, 100m 256, else 1024)")
+    command.add_argument("--batch", type=int, default=1, help="pictures at a time (default: 1)")
+    command.add_argument("--precision", choices=("bf16", "no"), help="default: bf16 on a GPU, no on a CPU")
+    command.add_argument("--quant", choices=("full", "int8", "nf4"), default="full", help="base weights")
+    command.add_argument("--compile", action="store_true", help="torch.compile the repeated blocks")
+    group = command.add_mutually_exclusive_group()
+    group.add_argument("--rank", type=int, default=256, help="of the LoRA (default: 256)")
+    group.add_argument("--full", action="store_true", help="train all weights")
+    command.add_argument("--no-checkpointing", action="store_true", help="keep activations for the backward pass")
+    command.add_argument("--no-reference", action="store_true", help="plain flow matching, without the frozen base")
+    command.add_argument("--perceptual", choices=("vgg", "none"), default="vgg", help="default: vgg")
+    command.add_argument(
+        "--optimizer", choices=("adamw8bit", "adamw"), help="default: adamw8bit on a GPU, adamw on a CPU"
+    )
+    command.add_argument(
+        "--images", type=int, help="pictures to align (default: 16), or entries of the largest cache (default: 10000)"
+    )
+    command.add_argument("--repeats", type=int, default=10, help="measured repetitions (default: 10)")
+    command.add_argument("--out", type=Path, help="folder for bench.json and chart.png")
     return parser
 
 

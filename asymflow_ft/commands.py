@@ -11,6 +11,13 @@ from accelerate import Accelerator
 
 from asymflow_ft import demo, finetune
 from asymflow_ft.align import align, describe
+from asymflow_ft.bench import report
+from asymflow_ft.bench.align import bench_align
+from asymflow_ft.bench.architectures import find_architecture
+from asymflow_ft.bench.cache import bench_cache
+from asymflow_ft.bench.sample import bench_sample
+from asymflow_ft.bench.step import bench_step
+from asymflow_ft.bench.workload import Options
 from asymflow_ft.components.color import PixelCodec
 from asymflow_ft.components.pipelines import NEGATIVE_PROMPT
 from asymflow_ft.data.decode import decode
@@ -212,10 +219,34 @@ def run_compare_runs(args: argparse.Namespace) -> None:
     print(f"\ncurves in {args.out}")
 
 
+def run_bench(args: argparse.Namespace) -> None:
+    device = process_state().device
+    options = Options(
+        resolution=args.resolution, batch=args.batch, quant=args.quant, compile=args.compile,
+        precision=args.precision or ("no" if device.type == "cpu" else "bf16"), rank=None if args.full else args.rank,
+        checkpointing=not args.no_checkpointing, reference=not args.no_reference, optimizer=args.optimizer,
+        perceptual="none" if args.no_reference else args.perceptual, repeats=args.repeats,
+        images=args.images,
+    )  # fmt: skip
+    on = report.machine(device)
+    try:
+        result = BENCHES[args.what](find_architecture(args.arch), options, device)
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"{error}\nthe GPU is too small for this. A smaller --resolution or --batch needs less; for a training "
+            "step so do --quant nf4, a smaller --rank, --optimizer adamw8bit and --perceptual none"
+        ) from error
+    print(report.TABLES[args.what](result))
+    if args.out:
+        report.save(args.out, result, on)
+        print(f"\nbench.json and chart.png in {args.out}")
+
+
 def default_dtype() -> str:
     return "float32" if process_state().device.type == "cpu" else "bfloat16"
 
 
+BENCHES = {"step": bench_step, "align": bench_align, "cache": bench_cache, "sample": bench_sample}
 COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "families": run_families,
     "align": run_align,
@@ -228,4 +259,5 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "push": run_push,
     "compare-runs": run_compare_runs,
     "demo": run_demo,
+    "bench": run_bench,
 }

@@ -6,7 +6,7 @@ from tests.conftest import REPOSITORY
 
 LAYERS = [
     {"method", "recipe_keys", "textfiles"}, {"recipe", "components"}, {"evaluation", "data", "families"}, {"hub"},
-    {"training"}, {"align"}, {"export"}, {"drawing"}, {"finetune", "synthesize", "demo", "evaluate"}, {"commands"},
+    {"training"}, {"align"}, {"export"}, {"drawing"}, {"finetune", "synthesize", "demo", "evaluate", "bench"}, {"commands"},
     {"cli"},
 ]  # fmt: skip
 SHARED = ("base", "terms", "vae")  # what families have in common

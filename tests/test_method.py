@@ -148,6 +148,31 @@ def test_sums_rescale_to_another_pixel_map(case):
         torch.testing.assert_close(got, expected)
 
 
+def test_sums_of_a_million_tokens_are_those_of_plain_float64():
+    dim, rank, tokens = align.STRIP + 22, 8, 2**12  # a strip and a part of one
+    g = torch.Generator().manual_seed(5)
+    mix = torch.randn(dim, dim, generator=g) / dim**0.5
+    x0 = torch.randn(tokens, dim, generator=g) @ mix * torch.logspace(0, -3, dim) + 0.3
+    grams, plain = (align.Grams.zeros(dim, rank) for _ in range(2))
+    for i in range(1_000_000 // tokens + 1):
+        x = x0.roll(i, 1) * (1 + i % 7) if i % 3 else x0 + i / 100
+        z = x[:, :rank].tanh()
+        grams.update(z, x)
+        x, z = x.double(), z.double()
+        plain.pixel += x.mT @ x
+        plain.cross += z.mT @ x
+        plain.latent += z.mT @ z
+        plain.tokens += len(x)
+        plain.pixel_sum += x.sum(0)
+        plain.latent_sum += z.sum(0)
+    assert grams.tokens >= 1_000_000 and torch.equal(grams.pixel, grams.pixel.mT)
+    for got, expected in zip(grams.tensors(), plain.tensors(), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-15 * expected.abs().max().item())
+    fit, exact = align.procrustes(grams), align.procrustes(plain)
+    torch.testing.assert_close(fit.basis, exact.basis, rtol=0, atol=1e-11)
+    torch.testing.assert_close(fit.scale, exact.scale, rtol=1e-12, atol=0)
+
+
 def test_too_few_images_are_refused():
     grams = align.Grams.zeros(48, 8)
     grams.update(torch.randn(3, 8), torch.randn(3, 48))

@@ -82,23 +82,31 @@ class PixelCodec(ModelMixin, ConfigMixin):
         rgb = _at_least_float32(rgb)
         if self.space == "rgb":
             return (rgb - self._mean(rgb)) / self.std
-        lms = _mix(torch.tensor(RGB_TO_LMS, dtype=torch.float64), _srgb_to_linear(rgb / 2 + 0.5))
-        lab = _mix(torch.tensor(LMS_TO_OKLAB, dtype=torch.float64), _cube_root(lms))
-        return (lab - self._mean(lab)) / self.std
+        return self._from_linear(_srgb_to_linear(rgb / 2 + 0.5))
 
     def decode(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixel space (B, 3, H, W) -> RGB in [-1, 1]; colours that a display cannot show are clamped in linear RGB."""
         pixels = _at_least_float32(pixels)
-        value = pixels * self.std + self._mean(pixels)
         if self.space == "rgb":
-            return value.clamp(-1, 1)
-        lms = _mix(torch.tensor(LMS_TO_OKLAB, dtype=torch.float64).inverse(), value) ** 3
-        linear = _mix(torch.tensor(RGB_TO_LMS, dtype=torch.float64).inverse(), lms)
-        return 2 * _linear_to_srgb(linear.clamp(0, 1)) - 1
+            return (pixels * self.std + self._mean(pixels)).clamp(-1, 1)
+        return 2 * _linear_to_srgb(self._to_linear(pixels).clamp(0, 1)) - 1
 
     def clamp(self, pixels: torch.Tensor) -> torch.Tensor:
-        """The nearest state whose decoded colours a display can show: encode(decode(pixels))."""
-        return self.encode(self.decode(pixels))
+        """The nearest state whose decoded colours a display can show: encode(decode(pixels)), in Oklab without the
+        sRGB curve and its inverse."""
+        if self.space == "rgb":
+            return self.encode(self.decode(pixels))
+        return self._from_linear(self._to_linear(_at_least_float32(pixels)).clamp(0, 1))
+
+    def _from_linear(self, linear: torch.Tensor) -> torch.Tensor:
+        lms = _mix(torch.tensor(RGB_TO_LMS, dtype=torch.float64), linear)
+        lab = _mix(torch.tensor(LMS_TO_OKLAB, dtype=torch.float64), _cube_root(lms))
+        return (lab - self._mean(lab)) / self.std
+
+    def _to_linear(self, pixels: torch.Tensor) -> torch.Tensor:
+        lab = pixels * self.std + self._mean(pixels)
+        lms = _mix(torch.tensor(LMS_TO_OKLAB, dtype=torch.float64).inverse(), lab) ** 3
+        return _mix(torch.tensor(RGB_TO_LMS, dtype=torch.float64).inverse(), lms)
 
 
 def _at_least_float32(x: torch.Tensor) -> torch.Tensor:

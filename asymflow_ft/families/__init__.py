@@ -55,6 +55,19 @@ def family_of(base: str, revision: str | None = None) -> ModuleType:
     )
 
 
+def family_of_transformer(name: str) -> ModuleType:
+    """The family whose bases have a transformer of this class.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for module in _MODULES:
+        if module.TRANSFORMER.__name__ == name:
+            return module
+    known = ", ".join(module.TRANSFORMER.__name__ for module in _MODULES)
+    raise ValueError(f"a transformer of class {name} cannot be converted; asymflow-ft knows {known}")
+
+
 def family_named(name: str) -> ModuleType:
     """The family module of a provenance.
 

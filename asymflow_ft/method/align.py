@@ -8,11 +8,13 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+STRIP = 128  # columns of a strip of X^T X; narrower ones make slower matrix products, wider ones compute more twice
+
 
 @dataclass
 class Grams:
-    """Sums over M tokens in float64: pixel (D, D) = X^T X, cross (R, D) = Z^T X, latent (R, R) = Z^T Z, tokens = M,
-    and the plain sums pixel_sum (D,) and latent_sum (R,)."""
+    """Sums over M tokens in float64, on one device: pixel (D, D) = X^T X, cross (R, D) = Z^T X, latent (R, R) = Z^T Z,
+    tokens = M, and the plain sums pixel_sum (D,) and latent_sum (R,)."""
 
     pixel: Tensor
     cross: Tensor
@@ -22,8 +24,8 @@ class Grams:
     tokens: Tensor
 
     @staticmethod
-    def zeros(pixel_dim: int, rank: int) -> "Grams":
-        """Empty sums for D = pixel_dim and R = rank.
+    def zeros(pixel_dim: int, rank: int, device: torch.device | str = "cpu") -> "Grams":
+        """Empty sums for D = pixel_dim and R = rank. `device`: one that knows float64; tokens are summed there.
 
         Raises:
             ValueError: fewer pixel values than latent values per token.
@@ -32,14 +34,8 @@ class Grams:
             raise ValueError(
                 f"a pixel patch of {pixel_dim} values cannot hold latent tokens of rank {rank}; use a larger patch"
             )
-        return Grams(
-            pixel=torch.zeros(pixel_dim, pixel_dim, dtype=torch.float64),
-            cross=torch.zeros(rank, pixel_dim, dtype=torch.float64),
-            latent=torch.zeros(rank, rank, dtype=torch.float64),
-            pixel_sum=torch.zeros(pixel_dim, dtype=torch.float64),
-            latent_sum=torch.zeros(rank, dtype=torch.float64),
-            tokens=torch.zeros((), dtype=torch.float64),
-        )
+        shapes = ((pixel_dim, pixel_dim), (rank, pixel_dim), (rank, rank), (pixel_dim,), (rank,), ())
+        return Grams(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
 
     def update(self, z: Tensor, x: Tensor) -> None:
         """Add paired tokens z (..., N, R) and x (..., N, D); uncentred, as the method asks."""
@@ -49,9 +45,12 @@ class Grams:
                 f"latent tokens {tuple(z.shape)} and pixel tokens {tuple(x.shape)} do not pair up with rank "
                 f"{self.latent.shape[0]} and {self.pixel.shape[0]} pixel values"
             )
-        self.pixel += x.mT @ x
-        self.cross += z.mT @ x
-        self.latent += z.mT @ z
+        for i in range(0, len(self.pixel), STRIP):  # each product of two columns once, half of all work
+            end = i + STRIP
+            self.pixel[i:end, i:].addmm_(x[:, i:end].mT, x[:, i:])
+            self.pixel[end:, i:end] = self.pixel[i:end, end:].mT
+        self.cross.addmm_(z.mT, x)
+        self.latent.addmm_(z.mT, z)
         self.pixel_sum += x.sum(0)
         self.latent_sum += z.sum(0)
         self.tokens += len(x)
@@ -68,6 +67,10 @@ class Grams:
             latent_sum=self.latent_sum,
             tokens=self.tokens,
         )
+
+    def to(self, device: torch.device | str) -> "Grams":
+        """The sums on another device."""
+        return Grams(*(tensor.to(device) for tensor in self.tensors()))
 
     def tensors(self) -> list[Tensor]:
         """The sums, in field order; adding another process's list in place merges the two."""

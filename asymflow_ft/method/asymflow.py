@@ -53,7 +53,8 @@ def recover_velocity(
     """Full velocity eps - x0 from the network output (paper Eqs. 15-17).
 
     v = P[s k u + k (1 - s) (sigma / c) x_t] + (I - P)(x_t + s u) / c with c = max(sigma, sigma_min). The form
-    (1 - s k) / sigma = k (1 - s) of the first bracket avoids a difference of nearly equal numbers at small sigma.
+    (1 - s k) / sigma = k (1 - s) of the first bracket avoids a difference of nearly equal numbers at small sigma. As
+    y + P(x - y), with x and y the two brackets, it takes one projection.
 
     Args:
         u: network output (B, N, D). x_t: noisy pixel tokens (B, N, D), not multiplied by the gain.
@@ -66,9 +67,9 @@ def recover_velocity(
     u, x_t, sigma = u.to(basis), x_t.to(basis), sigma.to(basis)
     gain = calibrate(sigma, scale).gain
     floor = sigma.clamp(min=sigma_min)
-    inside = project(scale * gain * u + gain * (1 - scale) * (sigma / floor) * x_t, basis)
-    outside = x_t + scale * u
-    return inside + (outside - project(outside, basis)) / floor
+    inside = torch.addcmul(scale * gain * u, x_t, gain * (1 - scale) * (sigma / floor))
+    outside = torch.addcmul(x_t, u, scale) / floor
+    return outside + project(inside - outside, basis)
 
 
 def recover_clean(u: Tensor, x_t: Tensor, sigma: Tensor, basis: Tensor, scale: Tensor) -> Tensor:
@@ -78,8 +79,8 @@ def recover_clean(u: Tensor, x_t: Tensor, sigma: Tensor, basis: Tensor, scale: T
     cancellation of two large terms.
     """
     u, x_t, sigma = u.to(basis), x_t.to(basis), sigma.to(basis)
-    gain = calibrate(sigma, scale).gain
-    return scale * (project(gain * (x_t - sigma * u) + u, basis) - u)
+    seen = calibrate(sigma, scale)
+    return scale * (project(torch.addcmul((1 - seen.tau) * u, x_t, seen.gain), basis) - u)
 
 
 def velocity_to_clean(velocity: Tensor, x_t: Tensor, sigma: Tensor) -> Tensor:

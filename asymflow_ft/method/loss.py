@@ -6,7 +6,9 @@ colour channel, over its p**2 values.
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 MIN_POWER = 1e-4  # floor of the mean squared reference residual, in squared pixel units
 
@@ -61,15 +63,16 @@ def variance_reduced_target(
     power = reference.square().mean(-1).clamp(min=MIN_POWER)
     coefficient = ((residual * reference).mean(-1) / power).clamp(0, 1)
     trust = fade(sigma, kappa)
-    control = (coefficient[..., None] * reference).flatten(-2)
+    image = torch.addcmul(x0.unflatten(-1, (channels, -1)), ((trust - 1) * coefficient)[..., None], reference)
     gate = coefficient.square().mean(-1, keepdim=True).sqrt()
-    return Target(image=x0 - (1 - trust) * control, coefficient=coefficient, gate=gate, trust=trust)
+    return Target(image=image.flatten(-2), coefficient=coefficient, gate=gate, trust=trust)
 
 
 def velocity_mse(x0_hat: Tensor, target: Tensor, sigma: Tensor, sigma_floor: float = 0.05) -> Tensor:
     """Mean of (x0_hat - target)^2 / max(sigma, floor)^2 of each sample, (B,): velocity matching, written on clean
     images. The recipe's weight of 5 multiplies it."""
-    return ((x0_hat - target) / sigma.clamp(min=sigma_floor)).square().mean((1, 2))
+    error = F.mse_loss(x0_hat, target, reduction="none").mean((1, 2))
+    return error / sigma.flatten().clamp(min=sigma_floor).square()
 
 
 def perceptual_weight(target: Target, sigma: Tensor, sigma_floor: float = 0.05) -> Tensor:

@@ -97,8 +97,6 @@ class MemoryPlan:
     def phases(self) -> dict[str, int]:
         """Most bytes in use in each phase of a run."""
         held = sum(self.held.values())
-        # torch's AdamW takes one root per weight aside; the 8-bit one works in place
-        aside = self.trained_weights if self.recipe.train.optimizer == "adamw" else 0
         before = {"encoding the captions": self.text_encoder}
         if self.recipe.loss.variance_reduction:
             before["encoding the images"] = self.encoding
@@ -106,7 +104,7 @@ class MemoryPlan:
             before["pictures of the base"] = self.frozen_weights + self.decoding
         return before | {
             "training step": held + self.activations + self.perceptual_activations,
-            "optimizer step": held + aside,
+            "optimizer step": held,  # in place
             # gradients are gone by then, but the trained weights lie aside while the EMA is in their place
             "validation pictures": held + self.drawing + self.dequantised,
         }

@@ -65,20 +65,24 @@ def training_terms(
     """The terms of the loss on one micro-batch.
 
     Args:
-        reference: None for plain flow matching. shift: timestep shift of the noise levels.
+        reference: None for plain flow matching, which has no perceptual term. shift: timestep shift of the noise levels.
     """
     patch = model.subspace.config["patch"]
+    grid = (batch.rgb.shape[-2] // patch, batch.rgb.shape[-1] // patch)
+    # first, because a GPU still computes while the CPU draws, and each copy to it waits until it is done
+    drawn = draw_noise(batch.serials, grid[0] * grid[1], 3 * patch**2, recipe.seed)
+    level, eps = (tensor.to(device) for tensor in drawn)
     rgb, z0, cond = batch.rgb.to(device), batch.z0.to(device), condition_of(batch, codec, model.guidance, device)
-    grid = (rgb.shape[-2] // patch, rgb.shape[-1] // patch)
     x0 = to_tokens(codec.encode(rgb), patch)
-    level, eps = (draw.to(device) for draw in draw_noise(batch.serials, *x0.shape[1:], recipe.seed))
     sigma = logit_normal_sigmas(level, shift, recipe.noise.mean, recipe.noise.std)
 
     x_t = torch.lerp(x0, eps, sigma)
-    x_low = x_low_hat = torch.zeros_like(x0)  # no residual to subtract
-    if reference is not None:
-        x_low = asymflow.lift(z0, *model.subspace.float32())
-        x_low_hat = reference(z0, eps, sigma, cond, grid)
+    if reference is None:
+        x0_hat = model.clean(x_t, sigma, cond, grid)
+        mse = recipe.loss.mse * losses.velocity_mse(x0_hat, x0, sigma, recipe.loss.sigma_floor)
+        return Terms(mse, torch.zeros_like(mse), torch.zeros_like(mse), sigma.flatten())
+    x_low = asymflow.lift(z0, *model.subspace.float32())
+    x_low_hat = reference(z0, eps, sigma, cond, grid)
     x0_hat = model.clean(x_t, sigma, cond, grid)
     target = losses.variance_reduced_target(x0, x0_hat, x_low, x_low_hat, sigma, recipe.loss.kappa)
     mse = recipe.loss.mse * losses.velocity_mse(x0_hat, target.image, sigma, recipe.loss.sigma_floor)

@@ -29,13 +29,14 @@ def make_optimizer(
         layer = diffusers_name(name).rpartition(".")[0]
         members["output" if layer == output_layer else "ends" if layer in ends else "trunk"].append(parameter)
     groups = [{"params": members[name], "lr": rate, "peak": rate} for name, rate in rates.items() if members[name]]
+    options = {"betas": tuple(train.betas), "weight_decay": train.weight_decay}
     if train.optimizer == "adamw8bit":
         import bitsandbytes  # not there on macOS
 
-        kind = bitsandbytes.optim.AdamW8bit
-    else:
-        kind = torch.optim.AdamW
-    return kind(groups, betas=tuple(train.betas), weight_decay=train.weight_decay)
+        return bitsandbytes.optim.AdamW8bit(groups, **options)
+    # one pass over weights and moments, and no copy of them aside
+    fused = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters.values())
+    return torch.optim.AdamW(groups, fused=fused, **options)
 
 
 def rate_factor(step: int, train: Train) -> float:

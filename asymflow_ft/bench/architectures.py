@@ -1,0 +1,177 @@
+"""Latent bases with random weights: all that a benchmark needs of one, without a download."""
+
+import difflib
+import inspect
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import diffusers
+import torch
+from accelerate import init_empty_weights
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin, ModularPipeline
+from torch import Tensor
+
+from asymflow_ft.components.subspace import PixelSubspace
+from asymflow_ft.families import family_of_transformer, flux2, flux3
+
+SCALE = 2.4  # of the random subspaces; about what unit-variance latents and pixels give (docs/method.md)
+_FLUX2 = {
+    "_class_name": "Flux2Transformer2DModel", "in_channels": 128, "attention_head_dim": 128, "mlp_ratio": 3.0,
+    "axes_dims_rope": [32, 32, 32, 32], "rope_theta": 2000, "timestep_guidance_channels": 256,
+    "guidance_embeds": False,
+}  # fmt: skip
+_VAE = {"_class_name": "AutoencoderKLFlux2"}  # FLUX.3's is the same one
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A latent base by its configs alone.
+
+    transformer, vae: configs as diffusers saves them. text_length: rows of a text embedding. resolution: side of a
+    picture in pixels, unless something else is asked for.
+    """
+
+    name: str
+    family: ModuleType
+    transformer: Mapping[str, Any]
+    vae: Mapping[str, Any]
+    text_length: int = 512
+    resolution: int = 1024
+
+    @property
+    def guidance(self) -> float | None:
+        """The distilled guidance value that the network is given, if it embeds one."""
+        pipeline = self.family.PIXEL_PIPELINES[0]
+        return pipeline.default_guidance if self.transformer.get("guidance_embeds", False) else None
+
+
+NAMED = {
+    "tiny": Architecture(  # as recipes/tiny/base
+        "tiny", flux2,
+        _FLUX2 | {"num_layers": 2, "num_single_layers": 5, "num_attention_heads": 6, "attention_head_dim": 32,
+                  "joint_attention_dim": 192, "axes_dims_rope": [8, 8, 8, 8]},
+        _VAE | {"block_out_channels": [16, 16, 32, 64], "layers_per_block": 1, "norm_num_groups": 8}, 32, 128,
+    ),
+    "100m": Architecture(  # FLUX.2 with the depth of klein 4B and a sixth of its width, for CPUs
+        "100m", flux2,
+        _FLUX2 | {"num_layers": 4, "num_single_layers": 20, "num_attention_heads": 4, "joint_attention_dim": 1536},
+        _VAE, 128, 256,
+    ),
+    "klein-4b": Architecture(
+        "klein-4b", flux2,
+        _FLUX2 | {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680},
+        _VAE,
+    ),
+    "klein-9b": Architecture(
+        "klein-9b", flux2,
+        _FLUX2 | {"num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32, "joint_attention_dim": 12288},
+        _VAE,
+    ),
+}  # fmt: skip
+
+
+def find_architecture(name: str) -> Architecture:
+    """One of NAMED, or that of a transformer's config.json (its VAE's is looked for in ../vae).
+
+    Raises:
+        ValueError: neither, or a file that no family reads.
+    """
+    if name in NAMED:
+        return NAMED[name]
+    file = Path(name)
+    if file.suffix != ".json":
+        near = difflib.get_close_matches(name.lower(), NAMED, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ValueError(
+            f"the architecture {name!r} is unknown; {hint}There are {', '.join(NAMED)}, or give the config.json of a "
+            "transformer"
+        )
+    transformer = _config(file)
+    family = family_of_transformer(str(transformer["_class_name"]))
+    beside = file.absolute().parent.parent / "vae" / "config.json"
+    if not beside.is_file() and family not in (flux2, flux3):
+        raise ValueError(f"the VAE of {name} is not known: there is no {beside}; put the one of its base there")
+    return Architecture(name, family, transformer, _config(beside) if beside.is_file() else _VAE)
+
+
+def _config(file: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {file}: {error}") from error
+    if not isinstance(config, dict) or "_class_name" not in config:
+        raise ValueError(f"{file} names no _class_name, as a diffusers config.json does")
+    return config
+
+
+def _on_meta(kind: type[ModelMixin], config: Mapping[str, Any]) -> ModelMixin:
+    with init_empty_weights():
+        return kind.from_config(dict(config))
+
+
+def transformer_on_meta(architecture: Architecture) -> ModelMixin:
+    """The latent transformer without weights."""
+    return _on_meta(architecture.family.TRANSFORMER, architecture.transformer)
+
+
+def vae_on_meta(architecture: Architecture) -> ModelMixin:
+    """The VAE without weights."""
+    return _on_meta(getattr(diffusers, architecture.vae["_class_name"]), architecture.vae)
+
+
+@torch.no_grad()
+def randomise(module: ModelMixin, dtype: torch.dtype, device: torch.device | str, seed: int = 0) -> ModelMixin:
+    """Give a module on the meta device weights that keep activations near unit size, in place: N(0, 1 / inputs) for
+    matrices, 1 for the weights of norms, 0 for biases."""
+    generator = torch.Generator(device).manual_seed(seed)
+    for owner in module.modules():
+        for name, old in owner.named_parameters(recurse=False):
+            new = torch.empty(old.shape, dtype=dtype, device=device)
+            if old.ndim > 1:
+                new.normal_(0, old[0].numel() ** -0.5, generator=generator)
+            else:
+                new.fill_(float(name == "weight"))
+            setattr(owner, name, torch.nn.Parameter(new, requires_grad=False))
+    return module.to(device).eval()
+
+
+def random_transformer(architecture: Architecture, dtype: torch.dtype, device: torch.device | str) -> ModelMixin:
+    return randomise(transformer_on_meta(architecture), dtype, device)
+
+
+def random_vae(architecture: Architecture, dtype: torch.dtype, device: torch.device | str) -> ModelMixin:
+    return randomise(vae_on_meta(architecture), dtype, device)
+
+
+def random_subspace(architecture: Architecture, seed: int = 0) -> PixelSubspace:
+    rank, patch = architecture.family.GEOMETRY
+    gaussian = torch.randn(3 * patch**2, rank, generator=torch.Generator().manual_seed(seed))
+    return PixelSubspace.from_fit(torch.linalg.qr(gaussian).Q, torch.tensor(SCALE))
+
+
+def random_embeds(architecture: Architecture, count: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    """Text embeddings (count, L, E) without padding, N(0, 1), on the CPU."""
+    width = architecture.family.text_dim(transformer_on_meta(architecture))
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, architecture.text_length, width, generator=generator).to(dtype)
+
+
+def stock_pipeline(architecture: Architecture, transformer: ModelMixin, vae: ModelMixin) -> DiffusionPipeline:
+    """The family's stock pipeline around two networks, without what encodes text.
+
+    Raises:
+        ValueError: diffusers has modular blocks alone for this family.
+    """
+    kind = next(iter(architecture.family.PIPELINES.values()))
+    if issubclass(kind, ModularPipeline):
+        raise ValueError(f"{architecture.name} has no stock pipeline in diffusers to compare with, only {kind}")
+    parts = {"scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0), "vae": vae, "transformer": transformer}
+    wanted = inspect.signature(kind.__init__).parameters.values()
+    absent = [p.name for p in wanted if p.default is p.empty and p.name not in ("self", *parts)]
+    pipeline = kind(**parts, **dict.fromkeys(absent))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline

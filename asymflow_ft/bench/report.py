@@ -1,0 +1,250 @@
+"""A benchmark's figures: as a table for a terminal, as bench.json, as chart.png."""
+
+import json
+import platform
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+PACKAGES = ("asymflow-ft", "torch", "diffusers", "transformers", "accelerate", "peft", "bitsandbytes")
+Rows = Sequence[Sequence[str]]
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What the figures were measured on. load: running processes of the last minute, before the benchmark's own."""
+    found: dict[str, Any] = {
+        "system": platform.platform(), "python": platform.python_version(), "cpus": psutil.cpu_count(),
+        "threads": torch.get_num_threads(), "cpu": _cpu_name(), "load": round(psutil.getloadavg()[0], 2),
+        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1), "versions": _versions(), "command": sys.argv[1:],
+    }  # fmt: skip
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found |= {"card": properties.name, "card_gb": round(properties.total_memory / 1e9, 1),
+                  "cuda": torch.version.cuda, "driver": _driver()}  # fmt: skip
+    return found
+
+
+def _versions() -> dict[str, str | None]:
+    installed = {item.metadata["Name"].lower() for item in metadata.distributions() if item.metadata["Name"]}
+    return {name: metadata.version(name) if name in installed else None for name in PACKAGES}
+
+
+def _cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _driver() -> str | None:
+    file = Path("/proc/driver/nvidia/version")
+    return file.read_text().splitlines()[0] if file.is_file() else None
+
+
+def grid(rows: Rows) -> str:
+    """Rows of cells, the first column to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    aligned = [
+        [cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths))]  # noqa: B905
+        for row in rows
+    ]
+    return "\n".join("  ".join(row).rstrip() for row in aligned)
+
+
+def seconds(value: float) -> str:
+    return f"{value * 1000:.3g} ms" if value < 1 else f"{value:.3g} s"
+
+
+def spread(timing: Mapping[str, Any]) -> list[str]:
+    """Median and quartiles of a `Timing`."""
+    return [seconds(timing["median"]), f"{seconds(timing['low'])} - {seconds(timing['high'])}"]
+
+
+def size(value: int | None) -> str:
+    return "not measured" if value is None else f"{value / 1e9:.3g} GB" if value >= 1e8 else f"{value / 1e6:.3g} MB"
+
+
+def rate(tflops: float) -> str:
+    return f"{tflops:.3g} TFLOP/s" if tflops >= 1 else f"{tflops * 1000:.3g} GFLOP/s"
+
+
+def step_table(result: Mapping[str, Any]) -> str:
+    step, counted = result["step"], result["operations"]
+    times = [["", "median", "quartiles", "share"], ["whole step", *spread(step), "100 %"]]
+    times += [
+        [f"  {part}", *spread(timing), f"{result['shares'][part]:.1%}"] for part, timing in result["parts"].items()
+    ]
+    memory = [["memory", "planned", "measured"]]
+    memory += [[f"  {name}", size(item["planned"]), size(item["measured"])] for name, item in result["memory"].items()]
+    per_forward = counted["step"] / counted["forward"]
+    mfu = "not measured (no data sheet of this device)" if result["mfu"] is None else f"{result['mfu']:.1%}"
+    shape = " x ".join(map(str, result["matmul"]["shape"]))
+    lines = [
+        f"{result['parameters']:,} parameters, {result['trained']:,} trained; {result['tokens']} tokens in a batch; "
+        f"{result['samples_per_second']:.3g} samples/s",
+        f"counted: {counted['step'] / 1e12:.3g} TFLOP a step, {per_forward:.2f} forward passes of "
+        f"{counted['forward'] / 1e12:.3g}; {rate(result['tflops'])}",
+        f"floor: {result['floor']['forwards']} forward passes at {rate(result['matmul']['tflops'])} (measured, "
+        f"{shape}) = {seconds(result['floor']['seconds'])}; measured over floor {result['over_floor']:.2f}",
+        f"share of the matmul rate {result['share_of_matmul_rate']:.1%}; MFU {mfu}",
+    ]
+    return "\n\n".join([grid(times), grid(memory), "\n".join(lines)])
+
+
+def sample_table(result: Mapping[str, Any]) -> str:
+    rows = [["", "median", "quartiles"]]
+    lines = []
+    for name in ("eager", "compiled"):
+        if name not in result:
+            continue
+        figures = result[name]
+        for kind in ("pixel", "latent"):
+            own = figures[kind]
+            rows += [
+                [f"{name}: {kind} step", *spread(own["step"])],
+                ["  outside the network", f"{own['outside_network']:.1%}", ""],
+                ["  first step, with set-up", *spread(own["first_step"])],
+                ["  the process's first one", seconds(own["first_step_cold"]), ""],
+            ]
+        pairs = figures["pairs"]
+        rows += [[f"{name}: guidance, two calls", *spread(pairs["two_calls"])],
+                 [f"{name}: guidance, one batch", *spread(pairs["one_batch"])]]  # fmt: skip
+        lines.append(
+            f"{name}: pixel over latent step {figures['pixel_over_latent']:.3f}; guidance as one batch over two calls "
+            f"{pairs['one_batch_over_two_calls']:.3f}"
+        )
+    rows += [[f"arithmetic: {name}", *spread(timing)] for name, timing in result["arithmetic"].items()]
+    rows += [[f"decode: {name}", *spread(timing)] for name, timing in result["decode"].items()]
+    lines.append(f"recovery, guidance and clamp: {result['arithmetic_share']:.1%} of an eager pixel step")
+    return "\n\n".join([grid(rows), "\n".join(lines)])
+
+
+def align_table(result: Mapping[str, Any]) -> str:
+    count, threads = result["images"], result["threads"]
+    rows = [[f"seconds per picture, of {count}", "median", "quartiles"]]
+    rows += [[f"  {stage}", *spread(timing)] for stage, timing in result["stages"].items()]
+    rows += [["once", "", ""], *([f"  {name}", *spread(timing)] for name, timing in result["ends"].items())]
+    rows += [["pictures together", "", ""]]
+    rows += [[f"  {name}", *spread(timing)] for name, timing in result["passes"].items()]
+    lines = [
+        f"align over decode + encode {result['align_over_decode_encode']:.3f} with {threads} threads that decode, "
+        f"{result['without_threads']:.3f} without; {result['thousand_images']:.3f} for 1,000 pictures, solving and "
+        "drawing report.png included",
+        f"align grows {growth(result['growth'])}",
+    ]
+    return "\n\n".join([grid(rows), "\n".join(lines)])
+
+
+def growth(found: Mapping[str, Any]) -> str:
+    return (
+        f"with the power {found['exponent']:.2f} of {', '.join(f'{n:,}' for n in found['sizes'])}: "
+        f"{seconds(found['fixed'])} + {seconds(found['each'])} each"
+    )
+
+
+def cache_table(result: Mapping[str, Any]) -> str:
+    rows = [["per picture", "median", "quartiles"]]
+    rows += [[f"  {name}", *spread(timing)] for name, timing in result["fill"].items()]
+    rows += [["per training sample", "", ""]]
+    rows += [[f"  {name}", *spread(timing)] for name, timing in result["read"].items()]
+    for name, wait in result["wait"].items():
+        rows += [[f"training step, {name}", *spread(wait["step"])], ["  waits for data", *spread(wait["wait"])]]
+    for count, both in result["starts"].items():
+        rows += [[f"{name}, {int(count):,} pictures", *spread(timing)] for name, timing in both.items()]
+    waits = ", ".join(f"{wait['share']:.1%} ({name})" for name, wait in result["wait"].items())
+    lines = [
+        f"filling: {result['pictures_per_second']:.3g} pictures/s of {size(result['bytes_per_picture'])}, written "
+        f"at {size(result['bytes_per_second'])}/s; reading: {result['samples_per_second']:.3g} samples/s",
+        f"waits for data: {waits} of a step",
+        *(f"{name} grows {growth(found)}" for name, found in result["growth"].items()),
+    ]
+    return "\n\n".join([grid(rows), "\n".join(lines)])
+
+
+def step_chart(result: Mapping[str, Any]) -> Figure:
+    """Where a step's time and memory go."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    parts = list(result["parts"])
+    left.barh(parts[::-1], [1000 * result["parts"][part]["median"] for part in parts[::-1]])
+    left.axvline(1000 * result["floor"]["seconds"], color="black", linestyle=":", label="floor of the whole step")
+    left.set_xlabel(f"ms of {1000 * result['step']['median']:.4g} ms")
+    left.legend(loc="lower right")
+    items = list(result["memory"])
+    for shift, kind in ((0.2, "planned"), (-0.2, "measured")):
+        right.barh([i + shift for i in range(len(items))],
+                   [(result["memory"][name][kind] or 0) / 1e9 for name in items], height=0.4, label=kind)  # fmt: skip
+    right.set_yticks(range(len(items)), items)
+    right.invert_yaxis()
+    right.set_xlabel("GB")
+    right.legend()
+    return figure
+
+
+def sample_chart(result: Mapping[str, Any]) -> Figure:
+    """A step of each pipeline, inside and outside the network."""
+    figure = Figure(figsize=(6, 3), layout="constrained")
+    axes = figure.subplots()
+    for name in ("eager", "compiled"):
+        for kind in ("pixel", "latent") if name in result else ():
+            own, label = result[name][kind], f"{kind}, {name}"
+            inside = 1000 * own["network"]["median"]
+            axes.barh(label, inside, color="tab:blue")
+            axes.barh(label, 1000 * own["step"]["median"] - inside, left=inside, color="tab:orange")
+    axes.set_xlabel("ms a step: network, all else")
+    return figure
+
+
+def align_chart(result: Mapping[str, Any]) -> Figure:
+    """A picture's stages, and how aligning grows."""
+    figure = Figure(figsize=(10, 3.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    stages = list(result["stages"])[::-1]
+    left.barh(stages, [1000 * result["stages"][stage]["median"] for stage in stages])
+    left.set_xlabel("ms a picture")
+    growth_lines(right, {"align": result["growth"]}, "pictures")
+    return figure
+
+
+def cache_chart(result: Mapping[str, Any]) -> Figure:
+    """A training sample's stages, and how the start of a run grows."""
+    figure = Figure(figsize=(10, 3.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    parts = [part for part in result["read"] if part != "whole"][::-1]
+    left.barh(parts, [1000 * result["read"][part]["median"] for part in parts])
+    left.set_xlabel("ms a training sample")
+    growth_lines(right, result["growth"], "pictures in the data set")
+    return figure
+
+
+def growth_lines(axes: Axes, curves: Mapping[str, Mapping[str, Any]], of: str) -> None:
+    for name, found in curves.items():
+        (line,) = axes.loglog(found["sizes"], found["seconds"], "o", label=f"{name}: power {found['exponent']:.2f}")
+        fitted = [found["fixed"] + found["each"] * n for n in found["sizes"]]
+        axes.loglog(found["sizes"], fitted, color=line.get_color(), linewidth=1)
+    axes.set(xlabel=of, ylabel="s")
+    axes.legend()
+
+
+TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "step": step_table, "align": align_table, "cache": cache_table, "sample": sample_table,
+}  # fmt: skip
+CHARTS: dict[str, Callable[[Mapping[str, Any]], Figure]] = {
+    "step": step_chart, "align": align_chart, "cache": cache_chart, "sample": sample_chart,
+}  # fmt: skip
+
+
+def save(out: Path, result: Mapping[str, Any], on: Mapping[str, Any]) -> None:
+    """bench.json and chart.png.
+
+    Args:
+        on: what `machine` said before the benchmark.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "bench.json").write_text(json.dumps({"machine": on, **result}, indent=2) + "\n", encoding="utf-8")
+    CHARTS[result["what"]](result).savefig(out / "chart.png", dpi=120)

@@ -1,0 +1,219 @@
+"""One solver step of drawing in pixels against one of the stock pipeline in latents, with as many tokens each."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+from torch import Tensor
+from tqdm import tqdm
+
+from asymflow_ft.bench.architectures import (
+    Architecture,
+    random_embeds,
+    random_subspace,
+    random_transformer,
+    random_vae,
+    stock_pipeline,
+)
+from asymflow_ft.bench.clock import Timing, interleaved, measure, summary, synchronise
+from asymflow_ft.bench.workload import Options, resolution_of
+from asymflow_ft.components.color import PixelCodec
+from asymflow_ft.components.pipelines import CFG_SCALE, PixelPipelineMixin, flow_solver
+from asymflow_ft.components.quantize import quantize_frozen
+from asymflow_ft.components.subspace import Cond
+from asymflow_ft.method.asymflow import recover_velocity
+from asymflow_ft.method.guidance import clamp_velocity, guide
+from asymflow_ft.method.patches import to_image, to_tokens
+
+STEPS = 6  # of a picture; the first one is set-up, and kept apart
+WARMUP = 2
+
+
+@dataclass
+class Trace:
+    """Seconds of the solver steps of some pictures; of their first steps with the set-up; and inside the network."""
+
+    steps: list[float]
+    first: list[float]
+    network: list[float]
+
+
+@contextmanager
+def traced(pipeline: DiffusionPipeline, device: torch.device) -> Iterator[Callable[[Callable[[], object]], Trace]]:
+    """Inside, a function that draws one picture and says how long its steps took: from the end of one call of the
+    scheduler's `step` to the end of the next one. The same for both pipelines, and no callback of theirs is needed."""
+    marks: list[float] = []
+    inside: list[float] = []
+    step = pipeline.scheduler.step
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        out = step(*arguments, **options)
+        synchronise(device)
+        marks.append(time.perf_counter())
+        return out
+
+    def enter(*_: Any) -> None:
+        synchronise(device)
+        inside.append(-time.perf_counter())
+
+    def leave(*_: Any) -> None:
+        synchronise(device)
+        inside[-1] += time.perf_counter()
+
+    def draw(picture: Callable[[], object]) -> Trace:
+        marks.clear(), inside.clear()
+        started = time.perf_counter()
+        picture()
+        calls = len(inside) // len(marks)
+        each = [sum(inside[i : i + calls]) for i in range(calls, len(inside), calls)]
+        return Trace([b - a for a, b in pairwise(marks)], [marks[0] - started], each)
+
+    hooks = [pipeline.transformer.register_forward_pre_hook(enter), pipeline.transformer.register_forward_hook(leave)]
+    pipeline.scheduler.step = watched
+    try:
+        yield draw
+    finally:
+        del pipeline.scheduler.step
+        for hook in hooks:
+            hook.remove()
+
+
+def pixel_pipeline(architecture: Architecture, stock: DiffusionPipeline, transformer: ModelMixin) -> Any:
+    """The pixel pipeline that belongs to a stock one, around a lifted network."""
+    family = architecture.family
+    kind: type[PixelPipelineMixin] = family.pixel_pipeline_class(stock)
+    pipeline = kind(
+        scheduler=flow_solver(), transformer=transformer, subspace=random_subspace(architecture), codec=PixelCodec(),
+        **dict.fromkeys(family.TEXT_PARTS), shift=7.0, shift_mode="static", default_size=architecture.resolution,
+    )  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def draw_both(
+    works: Mapping[str, tuple[DiffusionPipeline, Callable[[], object]]], repeats: int, device: torch.device
+) -> tuple[dict[str, Trace], dict[str, float]]:
+    """Pictures of both pipelines in turns, after some to warm up; and the very first step of each."""
+    traces = {name: Trace([], [], []) for name in works}
+    cold = {}
+    for turn in tqdm(range(WARMUP + repeats), desc="pictures", leave=False, mininterval=1):
+        for name, (pipeline, picture) in works.items():
+            with traced(pipeline, device) as draw:
+                trace = draw(picture)
+            if turn == 0:
+                cold[name] = trace.first[0]
+            if turn >= WARMUP:
+                kept = traces[name]
+                kept.steps += trace.steps
+                kept.first += trace.first
+                kept.network += trace.network
+    return traces, cold
+
+
+def arithmetic(pipeline: Any, tokens: Tensor, grid: tuple[int, int], repeats: int) -> dict[str, Timing]:
+    """What a guided pixel step does outside the network and the solver, each alone."""
+    basis, scale = pipeline.subspace.float32()
+    patch, codec, device = pipeline.subspace.config["patch"], pipeline.codec, tokens.device
+    sigma = torch.full((len(tokens), 1, 1), 0.7, device=device)
+    u, v = torch.randn_like(tokens), torch.randn_like(tokens)
+
+    def clamp(x0: Tensor) -> Tensor:
+        return to_tokens(codec.clamp(to_image(x0, grid, patch)), patch)
+
+    works = {
+        "recovery": lambda: [recover_velocity(u, tokens, sigma, basis, scale) for _ in range(2)],
+        "guidance": lambda: guide(u, v, CFG_SCALE, tokens - sigma * u),
+        "clamp": lambda: clamp_velocity(v, tokens, sigma, clamp),
+    }
+    return interleaved(works, repeats, WARMUP, device)
+
+
+@torch.no_grad()
+def bench_sample(architecture: Architecture, options: Options, device: torch.device) -> dict[str, Any]:
+    """All figures of drawing, for bench.json.
+
+    Raises:
+        ValueError: options that cannot work, or no stock pipeline to compare with.
+    """
+    family, side = architecture.family, resolution_of(architecture, options)
+    dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
+    base, vae = random_transformer(architecture, dtype, device), random_vae(architecture, dtype, device)
+    rank, patch = family.GEOMETRY
+    grid, count, repeats = (side // patch, side // patch), options.batch, options.repeats
+    if options.quant != "full":
+        quantize_frozen(base, options.quant, family.TRAINED_ENDS, device)
+    stock = stock_pipeline(architecture, base, vae)
+    pixels = pixel_pipeline(architecture, stock, family.lift(base, random_subspace(architecture))).to(device)
+    embeds = random_embeds(architecture, 2 * count, dtype).to(device)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(count, 3, side, side, generator=generator)
+    latent_noise = torch.randn(count, rank, *grid, generator=generator).to(device, dtype)
+
+    def draw_pixels() -> None:
+        pixels(
+            prompt_embeds=embeds[:count], negative_prompt_embeds=embeds[count:], latents=noise, height=side,
+            width=side, num_inference_steps=STEPS, guidance_scale=CFG_SCALE, output_type="latent",
+        )  # fmt: skip
+
+    def draw_latents() -> None:
+        family.draw_base(
+            stock, latent_noise, embeds[:count], embeds[count], (side, side), STEPS, CFG_SCALE, output_type="latent"
+        )
+
+    works = {"pixel": (pixels, draw_pixels), "latent": (stock, draw_latents)}
+    result: dict[str, Any] = {
+        "what": "sample", "architecture": architecture.name, "options": asdict(options), "resolution": side,
+        "guidance": CFG_SCALE, "solver_steps": STEPS,
+    }  # fmt: skip
+    for name in ("eager", "compiled") if options.compile else ("eager",):
+        if name == "compiled":
+            for network in (pixels.transformer, stock.transformer):
+                network.compile_repeated_blocks()
+        traces, cold = draw_both(works, repeats, device)
+        result[name] = {kind: _figures(trace, cold[kind]) for kind, trace in traces.items()}
+        result[name]["pixel_over_latent"] = (
+            result[name]["pixel"]["step"]["median"] / result[name]["latent"]["step"]["median"]
+        )
+        result[name]["pairs"] = _pairs(pixels, to_tokens(noise.to(device), patch), embeds, grid, options)
+
+    tokens = to_tokens(noise.to(device), patch)
+    alone = arithmetic(pixels, tokens, grid, repeats)
+    step = result["eager"]["pixel"]["step"]["median"]
+    result["arithmetic"] = {name: asdict(timing) for name, timing in alone.items()}
+    result["arithmetic_share"] = sum(timing.median for timing in alone.values()) / step
+    latents = torch.randn(count, grid[0] * grid[1], rank, device=device)
+    result["decode"] = {
+        "pixel": asdict(measure(lambda: pixels.codec.decode(noise.to(device)), repeats, WARMUP, device)),
+        "latent": asdict(measure(lambda: family.decode_latents(vae, latents, grid), repeats, 1, device)),
+    }
+    return result
+
+
+def _figures(trace: Trace, cold: float) -> dict[str, Any]:
+    step, network = summary(trace.steps), summary(trace.network)
+    return {"step": asdict(step), "network": asdict(network), "first_step": asdict(summary(trace.first)),
+            "first_step_cold": cold, "outside_network": 1 - network.median / step.median}  # fmt: skip
+
+
+def _pairs(pixels: Any, tokens: Tensor, embeds: Tensor, grid: tuple[int, int], options: Options) -> dict[str, Any]:
+    """With and without a prompt: one batch of two predictions against two calls."""
+    model, count = pixels.pixel_model, len(tokens)
+    sigma = torch.full((count, 1, 1), 0.7, device=tokens.device)
+
+    def two_calls() -> None:
+        for half in (embeds[:count], embeds[count:]):
+            model.velocity(tokens, sigma, Cond(half, model.guidance), grid)
+
+    def one_batch() -> None:
+        both, level = tokens.repeat(2, 1, 1), sigma.repeat(2, 1, 1)
+        model.velocity(both, level, Cond(embeds, model.guidance), grid)
+
+    works = {"two_calls": two_calls, "one_batch": one_batch}
+    taken = interleaved(works, options.repeats, WARMUP, tokens.device, "guidance")
+    ratio = taken["one_batch"].median / taken["two_calls"].median
+    return {name: asdict(timing) for name, timing in taken.items()} | {"one_batch_over_two_calls": ratio}

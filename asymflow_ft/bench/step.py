@@ -1,0 +1,345 @@
+"""One training step: how long it takes, which part of it takes how long, what it holds, and how fast it could be."""
+
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from accelerate import Accelerator
+from diffusers import ModelMixin
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+from asymflow_ft.bench.architectures import (
+    Architecture,
+    random_subspace,
+    random_transformer,
+    transformer_on_meta,
+    vae_on_meta,
+)
+from asymflow_ft.bench.clock import Stopwatch, Timing, measure, summary
+from asymflow_ft.bench.workload import Options, make_data, make_recipe
+from asymflow_ft.components.color import PixelCodec
+from asymflow_ft.components.subspace import PixelModel, PixelSubspace
+from asymflow_ft.data.prepare import Batch
+from asymflow_ft.recipe import Recipe
+from asymflow_ft.training import trainable
+from asymflow_ft.training.distributed import limit_norm, whole
+from asymflow_ft.training.ema import PowerEma
+from asymflow_ft.training.feed import loader, next_batch
+from asymflow_ft.training.memory import MemoryPlan, plan_memory
+from asymflow_ft.training.objective import summarise, training_terms
+from asymflow_ft.training.optimizer import make_optimizer, set_rates
+from asymflow_ft.training.perceptual import PerceptualMap
+from asymflow_ft.training.rehearsal import Meter, VggMap
+from asymflow_ft.training.run import check_setup
+from asymflow_ft.training.student import base_dtype, build_student
+
+WARMUP = 3
+# In the order of a step; docs/performance.md says what belongs to each.
+PARTS = (
+    "data wait", "reference forward", "student forward", "recompute", "backward", "perceptual",
+    "recovery + loss arithmetic", "optimizer", "EMA", "rest",
+)  # fmt: skip
+ARITHMETIC = "recovery + loss arithmetic"
+# Dense bf16 with float32 sums, from the makers' data sheets, by a piece of the name that the driver gives.
+PEAKS = {
+    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12,
+    "RTX 4090": 165e12, "RTX 3090": 71e12,
+}  # fmt: skip
+
+
+@dataclass
+class Run:
+    """All that the steps of one process need, as finetune.py has it; with a watch in the places where parts change."""
+
+    recipe: Recipe
+    accelerator: Accelerator
+    network: ModelMixin
+    model: PixelModel
+    reference: trainable.Reference | None
+    codec: PixelCodec
+    perceptual: PerceptualMap | None
+    optimizer: torch.optim.Optimizer
+    ema: PowerEma
+    batches: Iterator[Batch | ValueError]
+    watch: Stopwatch
+    frozen: int
+    perceptual_bytes: int
+
+
+def watched_predict(predict: Callable[..., Tensor], watch: Stopwatch, part: str) -> Callable[..., Tensor]:
+    """A family's `predict` as a part of its own. The gradient of its output is where the network's backward begins."""
+
+    def call(*arguments: Any) -> Tensor:
+        with watch.part(part):
+            out = predict(*arguments)
+        if out.requires_grad:
+            out.register_hook(lambda gradient: watch.switch("backward"))
+        return out
+
+    return call
+
+
+def watched_checkpoint(watch: Stopwatch) -> Callable[..., Any]:
+    """What diffusers calls for a block that is checkpointed; what runs once more in the backward pass is a part."""
+
+    def call(block: nn.Module, *arguments: Any) -> Any:
+        def run(*inputs: Any) -> Any:
+            if watch.running != "backward":
+                return block(*inputs)
+            with watch.part("recompute"):
+                return block(*inputs)
+
+        return checkpoint(run, *arguments, use_reentrant=False)
+
+    return call
+
+
+def watched_perceptual(distance: PerceptualMap, watch: Stopwatch) -> PerceptualMap:
+    """The perceptual network as a part, which in the backward pass comes first and ends with the image's gradient."""
+
+    def call(image: Tensor, target: Tensor) -> Tensor:
+        with watch.part("perceptual"):
+            image.register_hook(lambda gradient: watch.switch(ARITHMETIC))
+            return distance(image, target)
+
+    return call
+
+
+def vgg_map(device: torch.device) -> tuple[PerceptualMap, int]:
+    """The work of LPIPS with random weights, in the precision of `load_lpips`; and its bytes."""
+    network = VggMap().to(device)
+
+    def distance(image: Tensor, target: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu"):
+            return network(image, target).float()
+
+    return distance, sum(p.nbytes for p in network.parameters())
+
+
+def frozen_bytes(*networks: nn.Module) -> int:
+    """Bytes of all frozen weights, shared ones once, with the scales of quantised ones."""
+    held: dict[int, int] = {}
+    for parameter in (p for network in networks for p in network.parameters() if not p.requires_grad):
+        tensors = [parameter, *_scales(parameter)]
+        held |= {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(held.values())
+
+
+def _scales(weight: Tensor) -> list[Tensor]:
+    if type(weight).__name__ == "Params4bit":
+        return [weight.quant_state.absmax]  # type: ignore[attr-defined]
+    return [weight.SCB] if type(weight).__name__ == "Int8Params" else []  # type: ignore[attr-defined]
+
+
+def build_run(architecture: Architecture, recipe: Recipe, accelerator: Accelerator, watch: Stopwatch) -> Run:
+    """Networks, optimizer, average and data, made as finetune.py makes them."""
+    family, device, train = architecture.family, accelerator.device, recipe.train
+    dtype = base_dtype(recipe)
+    subspace: PixelSubspace = random_subspace(architecture).to(device)
+    place = "cpu" if train.base_weights != "full" else device  # where quantisation takes it from, a layer at a time
+    base: ModelMixin | None = random_transformer(architecture, dtype, place)
+
+    def hand_over() -> ModelMixin:
+        nonlocal base
+        assert base is not None
+        handed, base = base, (base if recipe.lora is None else None)
+        return handed
+
+    network = build_student(recipe, family, subspace, None, hand_over, device)
+    frozen: tuple[nn.Module, ...] = (network,)
+    reference = None
+    predict_reference = watched_predict(family.predict, watch, "reference forward")
+    if base is not None and recipe.loss.variance_reduction:
+        reference, frozen = trainable.frozen_reference(base, subspace, predict_reference), (network, base)
+    network.train()
+    if train.gradient_checkpointing:
+        network.enable_gradient_checkpointing(watched_checkpoint(watch))
+    if train.compile:
+        network.compile_repeated_blocks()
+    optimizer = make_optimizer(recipe, trainable.trained_parameters(network), family.TRAINED_ENDS, family.OUTPUT_LAYER)
+    prepared, optimizer = accelerator.prepare(network, optimizer)
+    if recipe.lora is not None and recipe.loss.variance_reduction:
+        reference = trainable.lora_reference(prepared, network, subspace, predict_reference)
+    ema = PowerEma(trainable.trained_parameters(network).items(), train.ema_gamma, start=0)
+    model = PixelModel(
+        prepared, subspace, watched_predict(family.predict, watch, "student forward"), architecture.guidance
+    )
+    perceptual, perceptual_bytes = None, 0
+    if recipe.loss.perceptual == "lpips":
+        distance, perceptual_bytes = vgg_map(device)
+        perceptual = watched_perceptual(distance, watch)
+    batches = iter(loader(recipe, make_data(recipe, architecture, accelerator), 0, accelerator))
+    return Run(
+        recipe, accelerator, network, model, reference, PixelCodec(), perceptual, optimizer, ema, batches, watch,
+        frozen_bytes(*frozen), perceptual_bytes,
+    )  # fmt: skip
+
+
+def losses(run: Run, batch: Batch) -> Tensor:
+    """Forward and backward of a micro-batch; its row for the log."""
+    watch, perceptual = run.watch, run.perceptual
+    with watch.part(ARITHMETIC):
+        terms = training_terms(
+            run.recipe, run.model, run.reference, run.codec, perceptual, batch, 17.0, run.accelerator.device
+        )
+        loss = terms.loss()
+        if perceptual is not None:
+            watch.switch("perceptual")
+        run.accelerator.backward(loss)
+    return terms.rows()
+
+
+def train_step(run: Run, step: int) -> None:
+    """An optimizer step as in the loop of finetune.py, without what is done for the user (log file, trackers, bar)."""
+    watch, train = run.watch, run.recipe.train
+    with watch.part("optimizer"):
+        set_rates(run.optimizer, step, train)
+        limit_norm(run.optimizer, train.clip_norm)
+    with watch.part("data wait"):
+        batch = next_batch(run.batches)
+    with run.accelerator.accumulate(run.model.transformer):
+        row = losses(run, batch)
+    with watch.part("optimizer"):
+        norm = float(whole(run.accelerator.clip_grad_norm_(run.ema.parameters.values(), train.clip_norm)))
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+    with watch.part("EMA"):
+        run.ema.update(step + 1)
+    if not norm < float("inf"):
+        raise ValueError(f"the gradient of step {step + 1} is not finite, so the figures would mean nothing")
+    summarise(run.accelerator.gather(row))
+
+
+def time_steps(run: Run, repeats: int, warmup: int = WARMUP) -> tuple[Timing, dict[str, Timing]]:
+    """The whole step and its parts, of the same steps."""
+    cuda = run.accelerator.device.type == "cuda"
+    taken: list[dict[str, float]] = []
+    for step in tqdm(range(warmup + repeats), desc="steps", leave=False, mininterval=1):
+        if cuda and step == warmup:
+            torch.cuda.reset_peak_memory_stats()
+        run.watch.start("rest")
+        train_step(run, step)
+        parts = run.watch.stop()
+        if step >= warmup:
+            taken.append(parts)
+    peak = torch.cuda.max_memory_allocated() if cuda else None
+    whole_step = summary([sum(parts.values()) for parts in taken], peak)
+    return whole_step, {part: summary([parts.get(part, 0.0) for parts in taken]) for part in PARTS}
+
+
+def measured_memory(run: Run, peak_bytes: int | None) -> dict[str, int | None]:
+    """Bytes by item, in the names of `MemoryPlan.held`. Activations on a CPU: most bytes of tensors alive in one more
+    micro-batch, on a GPU the allocator's peak less all else."""
+    parameters = list(run.ema.parameters.values())
+    trained = sum(p.nbytes for p in parameters)
+    state = [value for entry in run.optimizer.state.values() for value in entry.values() if isinstance(value, Tensor)]
+    held = {
+        "frozen weights": run.frozen, "trained weights": trained, "gradients": trained,
+        "optimizer state": sum({value.untyped_storage().data_ptr(): value.nbytes for value in state}.values()),
+        "EMA": sum(average.nbytes for average in run.ema.average.values()),
+        "perceptual network": run.perceptual_bytes,
+    }  # fmt: skip
+    if peak_bytes is not None:
+        return {**held, "activations": peak_bytes - sum(held.values())}
+    if run.recipe.train.compile:  # what compiled code allocates is not seen
+        return {**held, "activations": None}
+    batch = next_batch(run.batches)
+    gradients = [torch.zeros_like(parameter) for parameter in parameters]
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
+    known = [*run.network.parameters(), *run.network.buffers(), *run.model.subspace.buffers(), *gradients]
+    with Meter([*known, batch.rgb, batch.z0, batch.embeds]) as meter:
+        losses(run, batch)
+    run.optimizer.zero_grad()
+    return {**held, "activations": meter.peak}
+
+
+def planned_memory(plan: MemoryPlan) -> dict[str, int]:
+    """The estimate of the same items."""
+    return {**plan.held, "activations": plan.activations + plan.perceptual_activations}
+
+
+def largest_gemm(network: nn.Module, tokens: int) -> tuple[int, int, int]:
+    """(rows, inputs, outputs) of the largest matrix product of a forward pass over `tokens` tokens."""
+    shapes = [(m.in_features, m.out_features) for m in network.modules() if isinstance(m, nn.Linear)]
+    return (tokens, *max(shapes, key=lambda shape: shape[0] * shape[1]))
+
+
+def matmul_rate(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, repeats: int) -> float:
+    """Operations per second of a matrix product of this shape."""
+    rows, inputs, outputs = shape
+    x, weight = torch.randn(rows, inputs, device=device).to(dtype), torch.randn(outputs, inputs, device=device)
+    weight = weight.to(dtype)
+    calls = 10 if device.type == "cuda" else 1  # shorter ones would measure the launch
+
+    def work() -> None:
+        for _ in range(calls):
+            nn.functional.linear(x, weight)
+
+    return 2 * rows * inputs * outputs * calls / measure(work, repeats, WARMUP, device).median
+
+
+def peak_rate(device: torch.device) -> float | None:
+    """Operations per second of the data sheet, of cards that we know."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((rate for piece, rate in PEAKS.items() if piece in name), None)
+
+
+def check_memory(plan: MemoryPlan, device: torch.device) -> None:
+    """Refuse what would get the process killed; a GPU says itself when it is full."""
+    free = psutil.virtual_memory().available
+    if device.type == "cpu" and plan.peak > free:
+        raise ValueError(
+            f"this needs about {plan.peak / 1e9:.1f} GB and the machine has {free / 1e9:.1f} GB free; "
+            "use a smaller --arch or --resolution, --quant nf4, or a GPU"
+        )
+
+
+def bench_step(architecture: Architecture, options: Options, device: torch.device) -> dict[str, Any]:
+    """All figures of a training step, for bench.json.
+
+    Raises:
+        ValueError: options that cannot work, or more memory than there is.
+    """
+    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
+    with tempfile.TemporaryDirectory(prefix="asymflow-bench-") as folder:
+        recipe = make_recipe(architecture, options, Path(folder), device)
+        check_setup(recipe, accelerator)
+        family = architecture.family
+        plan = plan_memory(recipe, family, transformer_on_meta(architecture), vae_on_meta(architecture), 0)
+        check_memory(plan, device)
+        torch.manual_seed(0)
+        run = build_run(architecture, recipe, accelerator, Stopwatch(device))
+        step, parts = time_steps(run, options.repeats)
+        memory = measured_memory(run, step.peak_bytes)
+        del run.batches  # its workers read from the folder
+    tokens = options.batch * ((recipe.data.resolution // family.GEOMETRY[1]) ** 2 + architecture.text_length)
+    shape = largest_gemm(run.network, tokens)
+    rate = matmul_rate(shape, base_dtype(recipe), device, options.repeats)
+    forwards = 4 if run.reference is not None else 3
+    floor = forwards * plan.step.forward_flops / rate
+    peak, speed = peak_rate(device), plan.step.flops / step.median
+    return {
+        "what": "step", "architecture": architecture.name, "options": asdict(options), "recipe": asdict(recipe.train),
+        "resolution": recipe.data.resolution, "tokens": tokens,
+        "parameters": sum(p.numel() for p in transformer_on_meta(architecture).parameters()),
+        "trained": sum(p.numel() for p in run.ema.parameters.values()),
+        "step": asdict(step), "samples_per_second": options.batch / step.median,
+        "parts": {part: asdict(timing) for part, timing in parts.items()},
+        "shares": {part: timing.median / step.median for part, timing in parts.items()},
+        "memory": {name: {"planned": planned, "measured": memory[name]}
+                   for name, planned in planned_memory(plan).items()},
+        "operations": {"step": plan.step.flops, "forward": plan.step.forward_flops,
+                       "reference": plan.step.reference_flops},
+        "tflops": speed / 1e12, "matmul": {"shape": shape, "tflops": rate / 1e12},
+        "floor": {"forwards": forwards, "seconds": floor}, "over_floor": step.median / floor,
+        "share_of_matmul_rate": speed / rate, "mfu": None if peak is None else speed / peak,
+    }  # fmt: skip

@@ -1,0 +1,61 @@
+"""`asymflow-ft bench align` and `cache`, at their smallest; and the growth that they fit."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from asymflow_ft import cli
+from asymflow_ft.bench.growth import fit_growth, sizes_up_to
+
+SIZES = (10, 100, 1000, 10_000)
+
+
+def test_growth_of_known_laws():
+    line = fit_growth({n: 3 + 0.5 * n for n in SIZES})
+    assert (line.fixed, line.each) == pytest.approx((3, 0.5)) and 0.5 < line.exponent < 1
+    square = fit_growth({n: 1e-4 * n**2 for n in SIZES})
+    assert square.exponent == pytest.approx(2) and square.fixed == 0  # no line with a negative start
+    assert fit_growth(dict.fromkeys(SIZES, 2.0)).exponent == pytest.approx(0)
+    assert fit_growth({n: 7.0 * n for n in SIZES}).each == pytest.approx(7)
+    assert sizes_up_to(64, (8, 1, 2)) == [8, 32, 64] and sizes_up_to(2, (8, 4, 2, 1)) == [1, 2]
+
+
+def run(what, out, *options):
+    assert cli.main(["bench", what, "--arch", "tiny", "--repeats", "2", "--out", str(out), *options]) == 0
+    assert Image.open(out / "chart.png").width > 500
+    return json.loads((out / "bench.json").read_text())
+
+
+def test_align_against_its_floor(tmp_path, capsys):
+    found = run("align", tmp_path, "--images", "4", "--resolution", "64")
+    assert found["images"] == 4 and found["tokens"] == 4 * 16 and found["growth"]["sizes"] == [1, 2, 4]
+    seconds = {name: timing["median"] for name, timing in found["passes"].items()}
+    assert found["align_over_decode_encode"] == seconds["align 4"] / seconds["decode + encode"]
+    stages = {name: timing["median"] for name, timing in found["stages"].items()}
+    assert list(stages) == ["decode", "resize", "VAE", "colour + patches", "Gram"] and min(stages.values()) > 0
+    assert max(stages, key=stages.get) == "VAE"
+    assert f"{found['align_over_decode_encode']:.3f} with 4 threads" in capsys.readouterr().out
+
+
+def test_cache_from_filling_to_waiting(tmp_path, capsys):
+    found = run(
+        "cache", tmp_path, "--images", "200", "--resolution", "64", "--perceptual", "none", "--rank", "2",
+        "--precision", "no", "--no-checkpointing",
+    )  # fmt: skip
+    # 16 tokens of 128 values in float16, and what a shard says about each
+    assert 4096 < found["bytes_per_picture"] < 4096 + 200
+    assert found["fill"]["fill"]["median"] > found["fill"]["write"]["median"]
+    read = {name: timing["median"] for name, timing in found["read"].items()}
+    assert list(read) == ["whole", "read + hash", "decode", "resize", "latents", "text"]
+    for wait in found["wait"].values():
+        assert wait["share"] == wait["wait"]["median"] / wait["step"]["median"] and 0 < wait["share"] < 1
+    assert list(found["starts"]) == ["2", "20", "200"]
+    assert found["growth"]["start"]["seconds"][-1] < found["growth"]["first look"]["seconds"][-1]
+    assert "waits for data: " in capsys.readouterr().out
+
+
+def test_sizes_that_cannot_be(capsys):
+    for what in ("align", "cache"):
+        assert cli.main(["bench", what, "--images", "1"]) == 1
+        assert "--images is 1; growth is measured" in capsys.readouterr().err
