@@ -6,8 +6,8 @@ from tests.conftest import REPOSITORY
 
 LAYERS = [
     {"method", "recipe_keys", "textfiles"}, {"recipe", "components"}, {"evaluation", "data", "families"}, {"hub"},
-    {"training"}, {"align"}, {"export"}, {"drawing"}, {"finetune", "synthesize", "demo", "evaluate", "bench"}, {"commands"},
-    {"cli"},
+    {"training"}, {"align"}, {"export"}, {"drawing"}, {"finetune", "synthesize", "demo", "evaluate", "bench"},
+    {"commands"}, {"cli"},
 ]  # fmt: skip
 SHARED = ("base", "terms", "vae")  # what families have in common
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

@@ -44,9 +44,8 @@ class Architecture:
 
     @property
     def guidance(self) -> float | None:
-        """The distilled guidance value that the network is given, if it embeds one."""
-        pipeline = self.family.PIXEL_PIPELINES[0]
-        return pipeline.default_guidance if self.transformer.get("guidance_embeds", False) else None
+        """A distilled guidance value, for networks that embed one."""
+        return 3.5 if self.transformer.get("guidance_embeds", False) else None
 
 
 NAMED = {
@@ -168,7 +167,10 @@ def stock_pipeline(architecture: Architecture, transformer: ModelMixin, vae: Mod
     """
     kind = next(iter(architecture.family.PIPELINES.values()))
     if issubclass(kind, ModularPipeline):
-        raise ValueError(f"{architecture.name} has no stock pipeline in diffusers to compare with, only {kind}")
+        raise ValueError(
+            f"diffusers has no stock pipeline for {architecture.name} to compare with, only modular blocks "
+            f"({kind.__name__}); `bench step` needs none"
+        )
     parts = {"scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0), "vae": vae, "transformer": transformer}
     wanted = inspect.signature(kind.__init__).parameters.values()
     absent = [p.name for p in wanted if p.default is p.empty and p.name not in ("self", *parts)]

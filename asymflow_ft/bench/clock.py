@@ -13,13 +13,15 @@ from tqdm import tqdm
 @dataclass(frozen=True)
 class Timing:
     """Seconds of one repetition: median and quartiles. peak_bytes: most that the GPU's allocator had in use, None on
-    the CPU."""
+    the CPU. processor: median of the seconds that this process kept processors busy, which other programs do not
+    lengthen; None where it was not taken."""
 
     median: float
     low: float
     high: float
     repeats: int
     peak_bytes: int | None = None
+    processor: float | None = None
 
 
 def synchronise(device: torch.device) -> None:
@@ -27,9 +29,22 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def summary(seconds: list[float], peak_bytes: int | None = None) -> Timing:
+def now() -> tuple[float, float]:
+    """The clock on the wall and this process's own, in seconds."""
+    return time.perf_counter(), time.process_time()
+
+
+def summary(seconds: list[float], peak_bytes: int | None = None, processor: list[float] | None = None) -> Timing:
     low, median, high = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else seconds * 3
-    return Timing(median, low, high, len(seconds), peak_bytes)
+    busy = statistics.median(processor) if processor else None
+    return Timing(median, low, high, len(seconds), peak_bytes, busy)
+
+
+def ratio(one: Timing, other: Timing, device: torch.device) -> float:
+    """How much longer `one` takes; on a CPU by the process's own clock."""
+    if device.type == "cpu" and one.processor and other.processor:
+        return one.processor / other.processor
+    return one.median / other.median
 
 
 def measure(work: Callable[[], object], repeats: int, warmup: int, device: torch.device) -> Timing:
@@ -42,20 +57,23 @@ def interleaved(
 ) -> dict[str, Timing]:
     """Time of each work, taken in turns (ABAB...), so that a machine that gets slower does so for all of them."""
     seconds: dict[str, list[float]] = {name: [] for name in works}
+    processor: dict[str, list[float]] = {name: [] for name in works}
     peaks: dict[str, int] = dict.fromkeys(works, 0)
     for turn in tqdm(range(warmup + repeats), desc=desc, leave=False, mininterval=1):
         for name, work in works.items():
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
             synchronise(device)
-            started = time.perf_counter()
+            wall, own = now()
             work()
             synchronise(device)
+            wall_after, own_after = now()
             if turn >= warmup:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(wall_after - wall)
+                processor[name].append(own_after - own)
                 if device.type == "cuda":
                     peaks[name] = max(peaks[name], torch.cuda.max_memory_allocated(device))
-    return {name: summary(taken, peaks[name] or None) for name, taken in seconds.items()}
+    return {name: summary(taken, peaks[name] or None, processor[name]) for name, taken in seconds.items()}
 
 
 class Stopwatch:

@@ -1,6 +1,5 @@
 """One solver step of drawing in pixels against one of the stock pipeline in latents, with as many tokens each."""
 
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -20,7 +19,7 @@ from asymflow_ft.bench.architectures import (
     random_vae,
     stock_pipeline,
 )
-from asymflow_ft.bench.clock import Timing, interleaved, measure, summary, synchronise
+from asymflow_ft.bench.clock import Timing, interleaved, measure, now, ratio, summary, synchronise
 from asymflow_ft.bench.workload import Options, resolution_of
 from asymflow_ft.components.color import PixelCodec
 from asymflow_ft.components.pipelines import CFG_SCALE, PixelPipelineMixin, flow_solver
@@ -34,46 +33,58 @@ STEPS = 6  # of a picture; the first one is set-up, and kept apart
 WARMUP = 2
 
 
+Moment = tuple[float, float]  # as `now` gives it
+
+
 @dataclass
 class Trace:
-    """Seconds of the solver steps of some pictures; of their first steps with the set-up; and inside the network."""
+    """Seconds, by both clocks, of the solver steps of some pictures; of their first steps with the set-up; and inside
+    the network."""
 
-    steps: list[float]
-    first: list[float]
-    network: list[float]
+    steps: list[Moment]
+    first: list[Moment]
+    network: list[Moment]
+
+
+def _since(before: Moment, after: Moment) -> Moment:
+    return after[0] - before[0], after[1] - before[1]
+
+
+def _timing(spans: list[Moment]) -> Timing:
+    return summary([wall for wall, _ in spans], processor=[own for _, own in spans])
 
 
 @contextmanager
 def traced(pipeline: DiffusionPipeline, device: torch.device) -> Iterator[Callable[[Callable[[], object]], Trace]]:
     """Inside, a function that draws one picture and says how long its steps took: from the end of one call of the
     scheduler's `step` to the end of the next one. The same for both pipelines, and no callback of theirs is needed."""
-    marks: list[float] = []
-    inside: list[float] = []
+    marks: list[Moment] = []
+    entered: list[Moment] = []
+    left: list[Moment] = []
     step = pipeline.scheduler.step
+
+    def mark(moments: list[Moment]) -> None:
+        synchronise(device)
+        moments.append(now())
 
     def watched(*arguments: Any, **options: Any) -> Any:
         out = step(*arguments, **options)
-        synchronise(device)
-        marks.append(time.perf_counter())
+        mark(marks)
         return out
 
-    def enter(*_: Any) -> None:
-        synchronise(device)
-        inside.append(-time.perf_counter())
-
-    def leave(*_: Any) -> None:
-        synchronise(device)
-        inside[-1] += time.perf_counter()
-
     def draw(picture: Callable[[], object]) -> Trace:
-        marks.clear(), inside.clear()
-        started = time.perf_counter()
+        marks.clear(), entered.clear(), left.clear()
+        started = now()
         picture()
+        inside = [_since(*span) for span in zip(entered, left, strict=True)]
         calls = len(inside) // len(marks)
-        each = [sum(inside[i : i + calls]) for i in range(calls, len(inside), calls)]
-        return Trace([b - a for a, b in pairwise(marks)], [marks[0] - started], each)
+        each = [tuple(map(sum, zip(*inside[i : i + calls], strict=True))) for i in range(calls, len(inside), calls)]
+        return Trace([_since(*pair) for pair in pairwise(marks)], [_since(started, marks[0])], each)
 
-    hooks = [pipeline.transformer.register_forward_pre_hook(enter), pipeline.transformer.register_forward_hook(leave)]
+    hooks = [
+        pipeline.transformer.register_forward_pre_hook(lambda *_: mark(entered)),
+        pipeline.transformer.register_forward_hook(lambda *_: mark(left)),
+    ]
     pipeline.scheduler.step = watched
     try:
         yield draw
@@ -106,7 +117,7 @@ def draw_both(
             with traced(pipeline, device) as draw:
                 trace = draw(picture)
             if turn == 0:
-                cold[name] = trace.first[0]
+                cold[name] = trace.first[0][0]
             if turn >= WARMUP:
                 kept = traces[name]
                 kept.steps += trace.steps
@@ -175,17 +186,16 @@ def bench_sample(architecture: Architecture, options: Options, device: torch.dev
             for network in (pixels.transformer, stock.transformer):
                 network.compile_repeated_blocks()
         traces, cold = draw_both(works, repeats, device)
-        result[name] = {kind: _figures(trace, cold[kind]) for kind, trace in traces.items()}
-        result[name]["pixel_over_latent"] = (
-            result[name]["pixel"]["step"]["median"] / result[name]["latent"]["step"]["median"]
-        )
+        result[name] = {kind: _figures(trace, cold[kind], device) for kind, trace in traces.items()}
+        pixel_step, latent_step = (_timing(traces[kind].steps) for kind in ("pixel", "latent"))
+        result[name]["pixel_over_latent"] = ratio(pixel_step, latent_step, device)
         result[name]["pairs"] = _pairs(pixels, to_tokens(noise.to(device), patch), embeds, grid, options)
 
     tokens = to_tokens(noise.to(device), patch)
     alone = arithmetic(pixels, tokens, grid, repeats)
-    step = result["eager"]["pixel"]["step"]["median"]
+    step = Timing(**result["eager"]["pixel"]["step"])
     result["arithmetic"] = {name: asdict(timing) for name, timing in alone.items()}
-    result["arithmetic_share"] = sum(timing.median for timing in alone.values()) / step
+    result["arithmetic_share"] = sum(ratio(timing, step, device) for timing in alone.values())
     latents = torch.randn(count, grid[0] * grid[1], rank, device=device)
     result["decode"] = {
         "pixel": asdict(measure(lambda: pixels.codec.decode(noise.to(device)), repeats, WARMUP, device)),
@@ -194,10 +204,10 @@ def bench_sample(architecture: Architecture, options: Options, device: torch.dev
     return result
 
 
-def _figures(trace: Trace, cold: float) -> dict[str, Any]:
-    step, network = summary(trace.steps), summary(trace.network)
-    return {"step": asdict(step), "network": asdict(network), "first_step": asdict(summary(trace.first)),
-            "first_step_cold": cold, "outside_network": 1 - network.median / step.median}  # fmt: skip
+def _figures(trace: Trace, cold: float, device: torch.device) -> dict[str, Any]:
+    step, network = _timing(trace.steps), _timing(trace.network)
+    return {"step": asdict(step), "network": asdict(network), "first_step": asdict(_timing(trace.first)),
+            "first_step_cold": cold, "outside_network": 1 - ratio(network, step, device)}  # fmt: skip
 
 
 def _pairs(pixels: Any, tokens: Tensor, embeds: Tensor, grid: tuple[int, int], options: Options) -> dict[str, Any]:
@@ -215,5 +225,5 @@ def _pairs(pixels: Any, tokens: Tensor, embeds: Tensor, grid: tuple[int, int], o
 
     works = {"two_calls": two_calls, "one_batch": one_batch}
     taken = interleaved(works, options.repeats, WARMUP, tokens.device, "guidance")
-    ratio = taken["one_batch"].median / taken["two_calls"].median
-    return {name: asdict(timing) for name, timing in taken.items()} | {"one_batch_over_two_calls": ratio}
+    share = ratio(taken["one_batch"], taken["two_calls"], tokens.device)
+    return {name: asdict(timing) for name, timing in taken.items()} | {"one_batch_over_two_calls": share}

@@ -65,7 +65,8 @@ def training_terms(
     """The terms of the loss on one micro-batch.
 
     Args:
-        reference: None for plain flow matching, which has no perceptual term. shift: timestep shift of the noise levels.
+        reference: None for plain flow matching, which has no perceptual term.
+        shift: timestep shift of the noise levels.
     """
     patch = model.subspace.config["patch"]
     grid = (batch.rgb.shape[-2] // patch, batch.rgb.shape[-1] // patch)

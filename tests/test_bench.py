@@ -1,0 +1,250 @@
+"""The benchmarks: what they count against hand counts, what they time against planted delays, and the commands."""
+
+import json
+import time
+from dataclasses import replace
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+from accelerate import Accelerator
+
+from asymflow_ft import cli
+from asymflow_ft.bench import clock
+from asymflow_ft.bench import step as bench
+from asymflow_ft.bench.architectures import NAMED, find_architecture, random_transformer, transformer_on_meta
+from asymflow_ft.bench.clock import Stopwatch, Timing, interleaved, ratio, summary
+from asymflow_ft.bench.workload import Options, make_recipe
+from asymflow_ft.families import flux2
+from asymflow_ft.training.rehearsal import Meter
+from tests.conftest import REPOSITORY
+
+CPU = torch.device("cpu")
+TINY = Options(resolution=64, precision="no", rank=8, perceptual="none", repeats=2)
+
+
+def parameters(name):
+    return sum(p.numel() for p in transformer_on_meta(find_architecture(name)).parameters())
+
+
+def test_architectures_have_their_published_sizes():
+    assert parameters("klein-4b") == 3_875_544_576
+    assert parameters("klein-9b") == 9_078_581_248
+    assert 95e6 < parameters("100m") < 105e6
+    own = json.loads((REPOSITORY / "recipes/tiny/base/transformer/config.json").read_text())
+    tiny = NAMED["tiny"].transformer
+    assert {key: own[key] for key in tiny} == tiny
+
+
+def test_a_config_names_its_family(tmp_path, tiny_base):
+    found = find_architecture(f"{tiny_base}/transformer/config.json")
+    assert found.family is flux2 and found.vae["block_out_channels"] == [16, 16, 32, 64]
+    other = tmp_path / "transformer/config.json"
+    other.parent.mkdir()
+    other.write_text('{"_class_name": "UNet2DConditionModel"}')
+    with pytest.raises(ValueError, match="UNet2DConditionModel cannot be converted"):
+        find_architecture(str(other))
+    other.write_text('{"_class_name": "FluxTransformer2DModel"}')
+    with pytest.raises(ValueError, match=r"VAE of .* is not known.*vae/config.json"):
+        find_architecture(str(other))
+    for text in ("[]", "{}", "no JSON"):
+        other.write_text(text)
+        with pytest.raises(ValueError, match=r"config\.json"):
+            find_architecture(str(other))
+
+
+def test_random_weights_keep_activations_near_unit_size():
+    network = random_transformer(NAMED["tiny"], torch.float32, CPU)
+    tokens, text = torch.randn(1, 16, 128), torch.randn(1, 8, 192)
+    cond = flux2.Cond(text)
+    out = flux2.predict(network, tokens, torch.tensor([0.5]), cond, (4, 4))
+    assert 0.1 < out.std() < 10
+
+
+def block_operations(image, text, width, mlp):
+    """Operations of a double and of a single FLUX.2 block, by hand: 2 a multiplication. All but attention are
+    matrix products with `width`; a product with a mlp input is doubled, for its gate."""
+    n = image + text
+    attention = 2 * (2 * n * n * width)  # scores, and values weighted by them
+    double = 2 * n * width * (3 * width + width) + 2 * n * width * (2 * mlp + mlp) + attention
+    single = 2 * n * width * (3 * width + 2 * mlp) + 2 * n * (width + mlp) * width + attention
+    return double, single
+
+
+def test_operations_are_those_of_a_hand_count():
+    network = random_transformer(NAMED["tiny"], torch.float32, CPU)
+    image, text, width, mlp = 64, 32, 192, 3 * 192
+    double, single = block_operations(image, text, width, mlp)
+    ends = 2 * image * width * 128 * 2 + 2 * text * 192 * width  # tokens in and out, text in
+    time_and_modulation = 2 * width * (256 + width) + 2 * width * width * (6 + 6 + 3 + 2)
+    with Meter() as meter, torch.no_grad():
+        flux2.predict(
+            network, torch.randn(1, image, 128), torch.tensor([0.5]), flux2.Cond(torch.randn(1, text, 192)), (8, 8)
+        )
+    assert meter.flops == 2 * double + 5 * single + ends + time_and_modulation
+
+
+def test_summary_and_ratio():
+    assert summary([4.0, 1.0, 2.0, 3.0, 5.0]) == Timing(3.0, 2.0, 4.0, 5)
+    one, other = Timing(9.0, 9.0, 9.0, 1, processor=2.0), Timing(3.0, 3.0, 3.0, 1, processor=1.0)
+    assert ratio(one, other, CPU) == 2 and ratio(one, other, torch.device("cuda")) == 3
+
+
+def test_works_take_turns_and_warm_up():
+    calls = []
+    taken = interleaved({name: lambda name=name: calls.append(name) for name in "ab"}, 2, 1, CPU)
+    assert calls == ["a", "b"] * 3 and taken["a"].repeats == 2
+
+
+def test_a_stopwatch_leaves_no_gap():
+    watch = Stopwatch(CPU)
+    started = time.perf_counter()
+    watch.start("rest")
+    with watch.part("outer"):
+        time.sleep(0.01)
+        with watch.part("inner"):
+            time.sleep(0.02)
+    parts = watch.stop()
+    whole = time.perf_counter() - started
+    assert parts["outer"] >= 0.01 and parts["inner"] >= 0.02 and set(parts) == {"rest", "outer", "inner"}
+    assert sum(parts.values()) == pytest.approx(whole, abs=2e-3)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bench")
+    accelerator = Accelerator(cpu=True, mixed_precision="no")
+    recipe = make_recipe(NAMED["tiny"], replace(TINY, perceptual="vgg"), folder, CPU)
+    recipe = replace(recipe, data=replace(recipe.data, workers=0))
+    return bench.build_run(NAMED["tiny"], recipe, accelerator, Stopwatch(CPU))
+
+
+class Hands:
+    """A clock that moves only when somebody spends time."""
+
+    now = 0.0
+
+    def spend(self, *_):
+        self.now += 1
+
+
+@pytest.fixture
+def hands(monkeypatch):
+    hands = Hands()
+    monkeypatch.setattr(clock, "time", SimpleNamespace(perf_counter=lambda: hands.now))
+    return hands
+
+
+class Spend(torch.autograd.Function):
+    """Spends time in its backward pass."""
+
+    @staticmethod
+    def forward(ctx, x, hands):
+        ctx.hands = hands
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        ctx.hands.spend()
+        return gradient, None
+
+
+def slow_down(run, part, hands, monkeypatch):
+    """Make something that belongs to `part` take time, once a step, or once in each direction."""
+    block = run.network.single_transformer_blocks[0]
+    if part == "data wait":
+        batches = run.batches
+        monkeypatch.setattr(run, "batches", (hands.spend() or batch for batch in batches))
+    elif part == "perceptual":
+
+        def distance(image, target):
+            hands.spend()
+            return Spend.apply(image - target, hands).mean(1, keepdim=True)
+
+        monkeypatch.setattr(run, "perceptual", bench.watched_perceptual(distance, run.watch))
+    elif part == "recovery + loss arithmetic":
+        decode = run.codec.decode
+        monkeypatch.setattr(run.codec, "decode", lambda pixels: hands.spend() or Spend.apply(decode(pixels), hands))
+    elif part in ("reference forward", "student forward", "recompute"):
+        return block.register_forward_pre_hook(lambda *_: hands.spend() if run.watch.running == part else None)
+    elif part == "backward":
+        return block.attn.to_out.register_full_backward_pre_hook(hands.spend)
+    elif part == "optimizer":
+        return run.optimizer.optimizer.register_step_pre_hook(hands.spend)
+    elif part == "EMA":
+        update = run.ema.update
+        monkeypatch.setattr(run.ema, "update", lambda step: hands.spend() or update(step))
+    elif part == "rest":
+        monkeypatch.setattr(bench, "summarise", hands.spend)
+    return None
+
+
+@pytest.mark.parametrize("part", bench.PARTS)
+def test_every_delay_is_found_in_its_part(part, run, hands, monkeypatch):
+    hook = slow_down(run, part, hands, monkeypatch)
+    run.watch.start("rest")
+    bench.train_step(run, 1)
+    parts = run.watch.stop()
+    if hook is not None:
+        hook.remove()
+    assert set(parts) == {*bench.PARTS}
+    spent = 2.0 if part in ("perceptual", "recovery + loss arithmetic") else 1.0
+    assert {name: seconds for name, seconds in parts.items() if seconds} == {part: spent}
+
+
+def test_parts_are_the_whole_and_memory_is_the_plan(capsys, tmp_path):
+    options = ["--resolution", "64", "--rank", "8", "--perceptual", "none", "--repeats", "2"]
+    assert cli.main(["bench", "step", *options, "--out", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "bench.json").read_text())
+    assert list(result["parts"]) == list(bench.PARTS) and (tmp_path / "chart.png").stat().st_size > 1000
+    assert sum(part["median"] for part in result["parts"].values()) == pytest.approx(result["step"]["median"])
+    for name, item in result["memory"].items():
+        assert item["measured"] == pytest.approx(item["planned"], rel=0.06, abs=1000), name
+    counted = result["operations"]
+    assert result["tflops"] * result["step"]["median"] == pytest.approx(counted["step"] / 1e12)
+    assert result["floor"]["seconds"] == pytest.approx(4 * counted["forward"] / result["matmul"]["tflops"] / 1e12)
+    assert result["over_floor"] == pytest.approx(result["step"]["median"] / result["floor"]["seconds"])
+    assert result["mfu"] is None and result["machine"]["versions"]["torch"] == torch.__version__
+    shown = capsys.readouterr().out
+    assert "  recompute" in shown and "MFU not measured" in shown
+
+
+def test_the_sampling_benchmark(capsys, tmp_path):
+    assert cli.main(["bench", "sample", "--resolution", "64", "--repeats", "2", "--out", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "bench.json").read_text())
+    eager = result["eager"]
+    assert eager["pixel"]["step"]["repeats"] == eager["latent"]["step"]["repeats"] == 2 * 5
+    for kind in ("pixel", "latent"):
+        own = eager[kind]
+        assert own["network"]["processor"] / own["step"]["processor"] == pytest.approx(1 - own["outside_network"])
+        assert 0 < own["outside_network"] < 1
+    assert set(result["arithmetic"]) == {"recovery", "guidance", "clamp"}
+    assert "pixel over latent step" in capsys.readouterr().out and (tmp_path / "chart.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--arch", "klein4b"], "did you mean klein-4b?"),
+        (["--arch", "nowhere/config.json"], "cannot read nowhere/config.json"),
+        (["--resolution", "100"], "--resolution 100 is not a multiple of the patch, 16; the nearest is 96"),
+        (["--repeats", "0"], "--repeats is 0; it must be 1 or more"),
+        (["--full", "--quant", "nf4"], "quantised weights cannot be"),
+        (["--full"], "use a smaller --arch"),
+    ],
+)
+def test_messages(options, message, capsys, monkeypatch):
+    machine = psutil.virtual_memory()
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: machine._replace(available=int(8e6)))
+    assert cli.main(["bench", "step", *options]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_full_gpu_is_explained(capsys, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr("asymflow_ft.commands.bench_step", full)
+    assert cli.main(["bench", "step"]) == 1
+    assert "the GPU is too small for this" in capsys.readouterr().err
