@@ -14,7 +14,10 @@ def describe(results: Results, report: Path) -> str:
     for metric in results.metrics:
         values = [results.value(metric.key, name) for name in shown]
         rows.append(
-            [metric.title, *("" if v is None else f"{v.value:.4g} [{v.low:.4g}, {v.high:.4g}]" for v in values)]
+            [
+                metric.title,
+                *("" if v is None else f"{_short(v.value)} [{_short(v.low)}, {_short(v.high)}]" for v in values),
+            ]
         )
     for name, scores in results.benchmarks.items():
         rows.append([name, *(f"{scores[model]['overall']:.4g}" if model in scores else "" for model in names)])
@@ -25,3 +28,7 @@ def describe(results: Results, report: Path) -> str:
     lines += [f"warning: {warning}" for warning in results.warnings]
     lines += [comparison.sentence for comparison in comparisons(results)]
     return "\n".join([*lines, f"report: {report}"])
+
+
+def _short(value: float) -> str:
+    return f"{0.0 if abs(value) < 1e-9 else value:.4g}"  # below is rounding
