@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from asymflow_ft.evaluation.report import comparisons
-from asymflow_ft.evaluation.results import Results
+from asymflow_ft.evaluation.results import Results, Value
 
 
 def describe(results: Results, report: Path) -> str:
@@ -13,12 +13,7 @@ def describe(results: Results, report: Path) -> str:
     rows = [["", *shown]]
     for metric in results.metrics:
         values = [results.value(metric.key, name) for name in shown]
-        rows.append(
-            [
-                metric.title,
-                *("" if v is None else f"{_short(v.value)} [{_short(v.low)}, {_short(v.high)}]" for v in values),
-            ]
-        )
+        rows.append([metric.title, *map(_cell, values)])
     for name, scores in results.benchmarks.items():
         rows.append([name, *(f"{scores[model]['overall']:.4g}" if model in scores else "" for model in names)])
     rows.append(["seconds per picture", *(f"{model.seconds[1]:.3g}" for model in results.models)])
@@ -30,5 +25,9 @@ def describe(results: Results, report: Path) -> str:
     return "\n".join([*lines, f"report: {report}"])
 
 
-def _short(value: float) -> str:
-    return f"{0.0 if abs(value) < 1e-9 else value:.4g}"  # below is rounding
+def _cell(value: Value | None) -> str:
+    if value is None:
+        return ""
+    # below 1e-9 is rounding
+    middle, low, high = (f"{0.0 if abs(v) < 1e-9 else v:.4g}" for v in (value.value, value.low, value.high))
+    return f"{middle} [{low}, {high}]"
