@@ -1,5 +1,7 @@
 """Intervals: do they hold the truth as often as they say, and do they know of prompts and pairs?"""
 
+import math
+
 import pytest
 import torch
 
@@ -87,7 +89,8 @@ def test_weights_are_shares_of_the_prompts_and_depend_on_the_seed():
     ("interval", "better", "word"),
     [((0.1, 0.3), "higher", "better"), ((0.1, 0.3), "lower", "worse"), ((-0.3, -0.1), "higher", "worse"),
      ((-0.3, -0.1), "lower", "better"), ((-0.1, 0.3), "lower", "no difference seen"),
-     ((0.0, 0.0), "higher", "no difference seen")],
+     ((0.0, 0.0), "higher", "no difference seen"), ((math.nan, math.nan), "lower", "no difference seen"),
+     ((math.nan, math.nan), "higher", "no difference seen")],
 )  # fmt: skip
 def test_verdict(interval, better, word):
     assert statistics.verdict(interval, better) == word

@@ -85,11 +85,11 @@ def jackknife_bias(found: Estimate) -> float:
 
 
 def verdict(interval: Interval, better: Literal["higher", "lower"]) -> Verdict:
-    """Of the first model, from the interval of (first - other)."""
+    """Of the first model, from the interval of (first - other). One that is not a number shows nothing."""
     low, high = interval
-    if low <= 0 <= high:
-        return "no difference seen"
-    return "better" if (low > 0) == (better == "higher") else "worse"
+    if low > 0 or high < 0:
+        return "better" if (low > 0) == (better == "higher") else "worse"
+    return "no difference seen"
 
 
 def student_quantile(freedom: int) -> float:
