@@ -23,6 +23,7 @@ from torch import Tensor
 Verdict = Literal["better", "worse", "no difference seen"]
 Interval = tuple[float, float]
 RESAMPLES, GROUPS = 2000, 40
+_WEIGHTS = 2**24  # at once, 128 MB: real pictures may be many
 _Z = NormalDist().inv_cdf(0.975)
 
 
@@ -53,6 +54,13 @@ def bootstrap_weights(prompts: int, seed: int, resamples: int = RESAMPLES) -> Te
     drawn = torch.randint(prompts, (resamples, prompts), generator=generator)
     counts = torch.zeros(resamples, prompts, dtype=torch.float64)
     return counts.scatter_add_(1, drawn, torch.ones_like(counts)) / prompts
+
+
+def bootstrap_means(rows: Tensor, seed: int, resamples: int = RESAMPLES) -> Tensor:
+    """Means of rows (P, c) over each resample of the prompts, (resamples, c); the same resamples for the same P."""
+    block = max(_WEIGHTS // len(rows), 1)
+    starts = range(0, resamples, block)
+    return torch.cat([bootstrap_weights(len(rows), seed + i, min(block, resamples - i)) @ rows for i in starts])
 
 
 def bootstrap_interval(found: Estimate, prompts: int) -> Interval:
