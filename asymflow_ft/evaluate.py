@@ -26,6 +26,7 @@ from asymflow_ft.drawing import Drawing, Drawn, Model, Wanted, draw, name_models
 from asymflow_ft.evaluation import results as found
 from asymflow_ft.evaluation.benchmarks import BENCHMARKS
 from asymflow_ft.evaluation.features import open_features
+from asymflow_ft.evaluation.gallery import picture_file
 from asymflow_ft.evaluation.metrics import check_metrics, clip_of, default_metrics, measure
 from asymflow_ft.evaluation.report import write_report
 from asymflow_ft.evaluation.results import Results, save_results
@@ -33,8 +34,9 @@ from asymflow_ft.evaluation.scorers import Picture, check_scorers, open_picture
 from asymflow_ft.evaluation.suites import Prompt, Suite, take
 from asymflow_ft.hub.provenance import versions
 from asymflow_ft.recipe import Data, load_recipe
+from asymflow_ft.textfiles import read_lines
 from asymflow_ft.training.checkpoint import write_whole
-from asymflow_ft.training.run import PNG_BYTES_PER_PIXEL, claim_folder, process_state, read_lines
+from asymflow_ft.training.run import PNG_BYTES_PER_PIXEL, claim_folder, process_state
 
 SETTINGS, PROMPTS = "settings.json", "prompts.json"
 Say = Callable[[str], None]
@@ -93,8 +95,7 @@ def evaluate(
 
 def files_of(out: Path, name: str, suite: Suite) -> list[list[Path]]:
     """Where a model's pictures lie, by prompt and number."""
-    folder = out / "images" / name
-    return [[folder / f"{prompt.id}-{k}.png" for k in range(suite.per_prompt)] for prompt in suite.prompts]
+    return [[picture_file(out, name, prompt.id, k) for k in range(suite.per_prompt)] for prompt in suite.prompts]
 
 
 def draw_all(
@@ -167,7 +168,7 @@ def _claim(out: Path, models: Sequence[Model], how: Drawing, prompts: Sequence[P
         if prompt.id not in before and prompt.text in ids:
             for model in models:
                 for k in range(per_prompt):
-                    old, new = (out / "images" / model.name / f"{id}-{k}.png" for id in (ids[prompt.text], prompt.id))
+                    old, new = (picture_file(out, model.name, id, k) for id in (ids[prompt.text], prompt.id))
                     if old.is_file() and not new.is_file():
                         write_whole(new, old.read_bytes())
     now = before | {prompt.id: prompt.text for prompt in prompts}

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from asymflow_ft import cli, finetune
 from asymflow_ft.export import load_pixel_pipeline
 from asymflow_ft.families import flux2
+from asymflow_ft.textfiles import read_lines
 from asymflow_ft.training.checkpoint import list_checkpoints, verify_checkpoint
 from asymflow_ft.training.ema import PowerEma
-from asymflow_ft.training.run import read_lines
 from asymflow_ft.training.validation import WATCHED
 from tests.conftest import REPOSITORY
 

@@ -28,9 +28,9 @@ from asymflow_ft.evaluation.pictures import sheet
 from asymflow_ft.evaluation.suites import Prompt
 from asymflow_ft.method.patches import to_image, to_tokens
 from asymflow_ft.recipe import Recipe
+from asymflow_ft.textfiles import read_lines
 from asymflow_ft.training.checkpoint import write_whole
 from asymflow_ft.training.objective import condition_of
-from asymflow_ft.training.run import read_lines
 from asymflow_ft.training.stages import Prepared
 
 HELD_OUT_SIGMAS = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95)
