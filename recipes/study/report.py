@@ -63,7 +63,7 @@ def read(out: Path) -> Study:
     return Study(out, by_seed, shifts)
 
 
-def report(out: Path, page: Path = PAGE) -> None:
+def report(out: Path, page: Path) -> None:
     """Fill in the tables of the page, and draw its pictures beside it."""
     study = read(out)
     text = page.read_text(encoding="utf-8")

@@ -4,7 +4,8 @@
     python recipes/study/study.py evaluate    # draws the held-out prompts with each, and measures
     python recipes/study/study.py report      # tables and pictures for docs/results.md
 
-It needs `pip install -c constraints.txt -e '.[study]'`. `--smoke`: the ladder for two steps, to see that it works.
+It needs `pip install -c constraints.txt -e '.[study]'`. `--smoke`: the ladder for two steps, to see that it works; in
+a folder of its own, with a copy of the page.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 import starts
 from arms import ARMS, LADDER, OUT, Arm
-from report import report
+from report import PAGE, report
 
 RECIPE = Path(__file__).parent / "conversion.yaml"
 NETWORKS = Path(__file__).parent / "networks.py"
@@ -108,15 +109,24 @@ def evaluate(args: argparse.Namespace) -> None:
                 "--out", args.out / f"shift_{factor:g}_{seed}")  # fmt: skip
 
 
+def write_page(args: argparse.Namespace) -> None:
+    page = PAGE
+    if args.smoke:
+        page = args.out / PAGE.name
+        shutil.copy(PAGE, page)
+    report(args.out, page)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("train", "evaluate", "report", "all"))
-    parser.add_argument("--out", type=Path, default=Path(OUT))
+    parser.add_argument("--out", type=Path, help=f"default: {OUT}, with --smoke {OUT}_smoke")
     parser.add_argument("--seeds", type=int, default=3, help="at most this many of each arm")
     parser.add_argument("--only", help="one arm, by name")
     parser.add_argument("--smoke", action="store_true", help="the ladder for two steps and four prompts")
     args = parser.parse_args()
-    steps = {"train": train, "evaluate": evaluate, "report": lambda args: report(args.out)}
+    args.out = args.out or Path(f"{OUT}_smoke" if args.smoke else OUT)
+    steps = {"train": train, "evaluate": evaluate, "report": write_page}
     for name, work in steps.items():
         if args.command in (name, "all"):
             work(args)
