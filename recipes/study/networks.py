@@ -52,7 +52,9 @@ def features_lite2(device: torch.device | str) -> Callable[[Tensor], Tensor]:
 
     @torch.no_grad()
     def features(rgb: Tensor) -> Tensor:
-        resized = F.interpolate(rgb, (LITE2_SIZE, LITE2_SIZE), mode="bicubic", antialias=True, align_corners=False)
+        resized = F.interpolate(
+            rgb.to(device), (LITE2_SIZE, LITE2_SIZE), mode="bicubic", antialias=True, align_corners=False
+        )
         return network.extract_features(resized.clamp(-1, 1)).mean((2, 3))
 
     return features
