@@ -31,6 +31,7 @@ from asymflow_ft.training.run import peak_memory_gb
 from asymflow_ft.training.validation import base_noise, prompt_noise
 
 PROMPTS_AT_ONCE = 512  # embeddings held in memory: 8 to 13 MB each for a large base
+RESERVED = ("real", "reference", "frequency")  # what stands beside models in results and report
 MAX_LENGTH = 512  # text tokens of a latent pipeline that is compared with no pixel model
 Batch = Callable[[Tensor, Tensor], tuple[list[Image.Image], list[bool]]]  # (noise, embeddings) -> pictures, finite
 
@@ -110,13 +111,13 @@ def name_models(given: Sequence[str]) -> list[tuple[str, str]]:
     Raises:
         ValueError: a name that is given twice, or that no file may have.
     """
-    taken, named = {"real"}, []
+    taken, named = {*RESERVED}, []
     for one in given:
         name, model = one.split("=", 1) if "=" in one and not Path(one).exists() else ("", one)
         if name and (not re.fullmatch(r"\w[\w .-]{0,63}", name) or name.casefold() in taken):
             raise ValueError(
                 f"{one}: the name {name!r} cannot be used; names are letters, digits, spaces, dots and dashes, "
-                "different from each other (in more than case) and from 'real'"
+                f"different from each other (in more than case) and from {', '.join(RESERVED)}"
             )
         plain = name or _plain_name(model)
         numbered = itertools.chain([plain], (f"{plain}-{i}" for i in itertools.count(2)))

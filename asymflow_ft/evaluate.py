@@ -12,8 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,19 +24,21 @@ from asymflow_ft.data.scan import read_index, scan, stamp
 from asymflow_ft.data.source import Images, open_sources
 from asymflow_ft.drawing import Drawing, Drawn, Model, Wanted, draw, name_models, open_models
 from asymflow_ft.evaluation import results as found
-from asymflow_ft.evaluation.benchmarks import dpg, geneval, hpsv3
+from asymflow_ft.evaluation.benchmarks import BENCHMARKS
 from asymflow_ft.evaluation.features import open_features
-from asymflow_ft.evaluation.metrics import check_metrics, default_metrics, measure
+from asymflow_ft.evaluation.gallery import picture_file
+from asymflow_ft.evaluation.metrics import check_metrics, clip_of, default_metrics, measure
 from asymflow_ft.evaluation.report import write_report
 from asymflow_ft.evaluation.results import Results, save_results
+from asymflow_ft.evaluation.scorers import Picture, check_scorers, open_picture
 from asymflow_ft.evaluation.suites import Prompt, Suite, take
 from asymflow_ft.hub.provenance import versions
 from asymflow_ft.recipe import Data, load_recipe
+from asymflow_ft.textfiles import read_lines
 from asymflow_ft.training.checkpoint import write_whole
-from asymflow_ft.training.run import PNG_BYTES_PER_PIXEL, claim_folder, process_state, read_lines
+from asymflow_ft.training.run import PNG_BYTES_PER_PIXEL, claim_folder, process_state
 
 SETTINGS, PROMPTS = "settings.json", "prompts.json"
-BENCHMARKS: dict[str, ModuleType] = {"geneval": geneval, "dpg": dpg, "hpsv3": hpsv3}
 Say = Callable[[str], None]
 Pictures = dict[str, list[list[Path]]]  # files by model, prompt and number
 
@@ -95,8 +95,7 @@ def evaluate(
 
 def files_of(out: Path, name: str, suite: Suite) -> list[list[Path]]:
     """Where a model's pictures lie, by prompt and number."""
-    folder = out / "images" / name
-    return [[folder / f"{prompt.id}-{k}.png" for k in range(suite.per_prompt)] for prompt in suite.prompts]
+    return [[picture_file(out, name, prompt.id, k) for k in range(suite.per_prompt)] for prompt in suite.prompts]
 
 
 def draw_all(
@@ -169,7 +168,7 @@ def _claim(out: Path, models: Sequence[Model], how: Drawing, prompts: Sequence[P
         if prompt.id not in before and prompt.text in ids:
             for model in models:
                 for k in range(per_prompt):
-                    old, new = (out / "images" / model.name / f"{id}-{k}.png" for id in (ids[prompt.text], prompt.id))
+                    old, new = (picture_file(out, model.name, id, k) for id in (ids[prompt.text], prompt.id))
                     if old.is_file() and not new.is_file():
                         write_whole(new, old.read_bytes())
     now = before | {prompt.id: prompt.text for prompt in prompts}
@@ -188,26 +187,15 @@ def _check_disk(out: Path, sides: Sequence[int]) -> str:
     return line
 
 
-class References(Sequence[Image.Image | None]):
-    """The real image of each prompt, decoded when asked for, or None."""
-
-    def __init__(self, images: Images | None, rows: Sequence[int | None]):
-        self.images, self.rows = images, rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: Any) -> Any:
-        row = self.rows[index]
-        return None if row is None else self.images.image(row)
-
-
 def _check_scoring(scoring: Scoring, suite: Suite, images: Images | None, models: Sequence[Model]) -> list[str]:
     """Warnings; raises ValueError for what would only fail after hours of drawing."""
     paired = [] if images is None else [row for row in _paired(images, range(len(images)), suite) if row is not None]
     check_metrics(scoring.metrics or (), images is not None, bool(paired), scoring.features)
-    if scoring.features is not None and process_state().is_main_process:
-        open_features(scoring.features)
+    if process_state().is_main_process:
+        if scoring.features is not None:
+            open_features(scoring.features)
+        has_real, features = images is not None, scoring.features
+        check_scorers(scoring.metrics or default_metrics(has_real, bool(paired), features), clip_of(features))
     if suite.name not in BENCHMARKS:
         return []
     notes = [note for model in models for note in BENCHMARKS[suite.name].check(suite, (model.size, model.size))]
@@ -243,12 +231,13 @@ def _usable(images: Images, out: Path) -> tuple[list[int], list[str]]:
     return [row for row, fault in faults.items() if not fault], warnings
 
 
-def _keep_references(references: References, suite: Suite, at: tuple[int, int], out: Path) -> None:
+def _keep_references(references: Sequence[Picture | None], suite: Suite, at: tuple[int, int], out: Path) -> None:
     """Write OUT/references/<prompt id>.png for the report."""
     shutil.rmtree(out / "references", ignore_errors=True)
-    for prompt, image in zip(suite.prompts, tqdm(references, "references", leave=False, mininterval=1), strict=True):
-        if image is not None:
-            _save(fit_image(image, at), out / "references" / f"{prompt.id}.png")
+    kept = tqdm(references, "references", leave=False, mininterval=1)
+    for prompt, picture in zip(suite.prompts, kept, strict=True):
+        if picture is not None:
+            _save(fit_image(open_picture(picture), at), out / "references" / f"{prompt.id}.png")
 
 
 def _score(
@@ -261,13 +250,14 @@ def _score(
     if len(set(sides.values())) > 1:
         listed = ", ".join(f"{name} {side}x{side}" for name, side in sides.items())
         notes.append(f"pictures of different sizes ({listed}) are compared at {at[0]}x{at[1]}, after resizing")
-    usable, paired = [], [None] * len(suite.prompts)
+    usable: list[int] = []
+    paired: list[int | None] = [None] * len(suite.prompts)
     if images is not None:
         usable, more = _usable(images, out)
         paired = _paired(images, usable, suite)
         notes += more
     real = [partial(images.image, row) for row in usable] if images is not None else None
-    references = References(images, paired)
+    references = [None if images is None or row is None else partial(images.image, row) for row in paired]
     _keep_references(references, suite, at, out)
     features = None if scoring.features is None else open_features(scoring.features, device)
     has_references = any(row is not None for row in paired)

@@ -210,6 +210,7 @@ def finetune(recipe: Recipe) -> None:
     say(f"{sum(p.numel() for p in parameters.values()):,} trained parameters, timestep shift {shift:.2f}")
 
     # Step 0: the lifted base, before any training.
+    start_trackers(accelerator, recipe)
     draw_pixels = validation.pixel_drawer(pipeline, network)
     step_0 = validation.draw("step 0 samples", "step_0", draw_pixels)
     validation.keep("step 0", "pixels, step 0", step_0, 0)
@@ -220,7 +221,6 @@ def finetune(recipe: Recipe) -> None:
         network.train()
         if main_process:
             write_json(held_out_file, errors)
-    start_trackers(accelerator, recipe)
     validation.save_grid(0)
 
     # Resume.
@@ -281,7 +281,7 @@ def finetune(recipe: Recipe) -> None:
                 now = validation.draw(f"step {step} samples", f"step_{step}", draw_pixels, recipe.sample.count)
             validation.save_grid(step, {f"pixels, step {step}": now})
             if main_process:
-                validation.log(step, validation.measure(now))
+                validation.log(step, now)
     progress.close()
     stop.release()
 

@@ -1,4 +1,4 @@
-"""Text that users write: UTF-8 files, prompt files, JSON lines."""
+"""Text files: what users write (UTF-8, prompts, JSON lines), and logs."""
 
 import json
 from collections.abc import Iterator
@@ -48,6 +48,17 @@ def json_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, line in enumerate(text_of(file).split("\n"), 1):
         if line.strip():
             yield number, json_object(line, f"{file}, line {number}")
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """A log's lines, [] without one; a line that is being written or was cut short is left out."""
+    lines = []
+    for line in file.read_text(encoding="utf-8").split("\n") if file.is_file() else ():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return lines
 
 
 def prompt_lines(file: str | Path) -> list[tuple[int, str]]:

@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from asymflow_ft import cli, finetune
 from asymflow_ft.components.subspace import load_subspace
+from asymflow_ft.textfiles import read_lines
 from asymflow_ft.training.checkpoint import newest_whole
-from asymflow_ft.training.run import read_lines
 from tests.conftest import REPOSITORY
 
 RECORDED = REPOSITORY / "tests/golden/trajectories.json"

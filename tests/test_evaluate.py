@@ -336,7 +336,8 @@ def test_real_images_are_paired_by_caption(run, tmp_path, monkeypatch):
     seen = {}
 
     def measure(files, prompts, real, references, names, features, at, seed, device):
-        seen.update(real=[open_it().size for open_it in real], references=list(references), at=at, seed=seed)
+        seen.update(real=[open_it().size for open_it in real], at=at, seed=seed)
+        seen["references"] = [one and one() for one in references]
         seen["files"] = {name: [[file.is_file() for file in row] for row in rows] for name, rows in files.items()}
         return SimpleNamespace(metrics=[], values=[], differences=[], spectra={}, warnings=["from measure"])
 
@@ -346,7 +347,7 @@ def test_real_images_are_paired_by_caption(run, tmp_path, monkeypatch):
     result = run(tmp_path / "out", real=str(real))
     assert seen["real"] == [(200, 100)] * 2 and seen["at"] == (64, 64) and seen["seed"] == 7
     assert [one and one.getpixel((0, 0)) for one in seen["references"]] == [None, (0, 0, 0), None]
-    assert seen["files"] == {"mine": [[True]] * 3, "base": [[True]] * 3} and asked == [(True, True, None)]
+    assert seen["files"] == {"mine": [[True]] * 3, "base": [[True]] * 3} and asked == [(True, True, None)] * 2
     assert "1 real images cannot be used" in result.warnings[0] and result.warnings[1] == "from measure"
     for file in real.glob("*.txt"):
         file.unlink()
@@ -354,7 +355,8 @@ def test_real_images_are_paired_by_caption(run, tmp_path, monkeypatch):
     assert reference.stem == suite(TEXTS).prompts[1].id and Image.open(reference).size == (64, 64)
     run(tmp_path / "out", real=str(real))
     assert not (tmp_path / "out/references").exists()
-    assert seen["real"] == [(200, 100)] * 2 and seen["references"] == [None] * 3 and asked[1:] == [(True, False, None)]
+    assert seen["real"] == [(200, 100)] * 2 and seen["references"] == [None] * 3
+    assert asked[2:] == [(True, False, None)] * 2
 
 
 def test_official_layouts_are_written_and_their_scores_read(run, tmp_path, monkeypatch):
@@ -386,7 +388,7 @@ def test_names(tmp_path):
     given = ["runs/x/pipeline/", "user/x", "My one=runs/y", "runs/my", f"{tmp_path}/a=b", "real", "runs/f oo!"]
     assert [name for name, _ in name_models(given)] == ["x", "x-2", "My one", "my", "a-b", "real-2", "f-oo"]
     assert name_models(given)[2][1] == "runs/y"
-    for bad in ("../up=x", "real=x", ".=x", "a/b=x", "X=y"):
+    for bad in ("../up=x", "real=x", "Frequency=x", "reference=x", ".=x", "a/b=x", "X=y"):
         with pytest.raises(ValueError, match="cannot be used; names are letters"):
             name_models(["x", bad])
 
@@ -434,6 +436,7 @@ def test_bad_input_is_named(tmp_path, models, tiny_base, capsys, monkeypatch):
         ("--batch-size", "0", "--batch-size 0 must be positive"),
         ("--per-prompt", "0", "--per-prompt 0 and"),
         ("--metrics", "beauty", "unknown metrics beauty"),
+        ("--metrics", "sharpness,hpsv3", "export ASYMFLOW_HPSV3_PYTHON="),
         ("--real", str(tmp_path / "empty"), "empty"),
         ("--out", str(tmp_path / "p.txt"), "cannot write to --out"),
         ("--out", str(tmp_path / "other"), "holds other files and no settings.json"),

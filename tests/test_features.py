@@ -159,6 +159,10 @@ def test_missing_extras_name_the_install_line(monkeypatch, images):
         scorers.open_lpips("cpu")
     with pytest.raises(ValueError, match=r"bin/pip install hpsv3 && export ASYMFLOW_HPSV3_PYTHON="):
         scorers.hpsv3_scores(["a"], images[:1], "cpu")
+    for name in ("hpsv2", "hpsv3", "lpips", "clip"):  # and all of it before anything is drawn
+        with pytest.raises(ValueError, match="cannot open 'no/clip'" if name == "clip" else "pip install"):
+            scorers.check_scorers(["sharpness", name], "no/clip")
+    scorers.check_scorers(["sharpness"], "no/clip")
 
 
 WORDS_AND_SIZE = """

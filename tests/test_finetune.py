@@ -12,8 +12,10 @@ from safetensors.torch import load_file
 from asymflow_ft import cli, finetune
 from asymflow_ft.export import load_pixel_pipeline
 from asymflow_ft.families import flux2
+from asymflow_ft.textfiles import read_lines
 from asymflow_ft.training.checkpoint import list_checkpoints, verify_checkpoint
 from asymflow_ft.training.ema import PowerEma
+from asymflow_ft.training.validation import WATCHED
 from tests.conftest import REPOSITORY
 
 RECIPE = "recipes/tiny/finetune.yaml"
@@ -107,11 +109,8 @@ def test_run_interrupted_and_resumed_is_the_same_run(kind, tmp_path, small_data,
         assert all(torch.equal(one[key], other[key]) for key in one | other)
 
     metrics = json.loads((halved / "metrics.json").read_text())
-    assert metrics["run"]["steps"] == 4 and set(metrics["finetuned"]) == {
-        "retrieval_at_5",
-        "picture_error",
-        "sharpness",
-    }
+    assert metrics["run"]["steps"] == 4 and set(metrics["finetuned"]) == set(WATCHED)
+    assert [line["step"] for line in read_lines(halved / "logs/metrics.jsonl")] == [0, 2, 4]
     assert metrics["held_out_error"].keys() == {"step 0", "finetuned"}
     assert (halved / "samples/step-000004.png").is_file() and (halved / "recipe.yaml").is_file()
     pipeline = load_pixel_pipeline(str(halved / "pipeline"), torch.float32)

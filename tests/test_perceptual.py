@@ -57,6 +57,8 @@ def test_a_network_of_the_users_own_takes_the_place_of_lpips(tmp_path):
         "def squared(device):\n"
         "    assert device == 'cpu'\n"
         "    return lambda image, target: (image - target).square().mean(1, keepdim=True)\n"
+        "def number(device):\n"
+        "    return lambda image, target: (image - target).square().mean((1, 2, 3))\n"
     )
     distance = load_perceptual(f"{file}:squared", "cpu")
     a, b = torch.rand(2, 3, 8, 8), torch.rand(2, 3, 8, 8)
@@ -65,6 +67,7 @@ def test_a_network_of_the_users_own_takes_the_place_of_lpips(tmp_path):
     for name, message in (
         (f"{tmp_path}/other.py:squared", "there is no file"),
         (f"{file}:cubed", "has no function cubed"),
+        (f"{file}:number", r"gives the shape \(2,\) .* it must be a distance map"),
         ("no_such_package_at_all:f", "does not import"),
         (":f", "names no function"),
     ):

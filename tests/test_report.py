@@ -13,7 +13,7 @@ from PIL import Image
 
 from asymflow_ft.evaluation import gallery, paper
 from asymflow_ft.evaluation.charts import forest, spectra_chart
-from asymflow_ft.evaluation.report import best, comparisons, number, signed, three_digits, write_report
+from asymflow_ft.evaluation.report import best, comparisons, digits, number, signed, three_digits, write_report
 from asymflow_ft.evaluation.results import Difference, Metric, Model, Results, Value, load_results, save_results
 
 ERROR = Metric("picture_error", "picture error", "lower", "colour and layout")
@@ -408,3 +408,9 @@ def test_a_run_stands_in_the_papers_tables(tmp_path):
         "prompts: 5, not 10,000", "steps 38, not 32", "negative 'ugly', not ''",
     ]  # fmt: skip
     assert all(line in page.text for line in unlike)
+
+
+def test_rounding_errors_are_not_shown_as_digits():
+    exact = Value("retrieval_at_5", "a", 1.0, 1 - 1e-12, 1 + 1e-12, 100)
+    assert number(exact.value, digits(exact)) == "1.00"
+    assert digits(Value("kid", "a", 0.137, 0.129, 0.144, 100)) == 3

@@ -1,5 +1,7 @@
 """Intervals: do they hold the truth as often as they say, and do they know of prompts and pairs?"""
 
+import math
+
 import pytest
 import torch
 
@@ -83,11 +85,22 @@ def test_weights_are_shares_of_the_prompts_and_depend_on_the_seed():
     assert left_out.tolist() == [1] * 50
 
 
+def test_means_of_resamples_in_blocks(monkeypatch):
+    rows = torch.randn(30, 2, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    whole = statistics.bootstrap_means(rows, 7, 1000)
+    torch.testing.assert_close(whole, statistics.bootstrap_weights(30, 7, 1000) @ rows)
+    monkeypatch.setattr(statistics, "_WEIGHTS", 30 * 300)
+    parts = statistics.bootstrap_means(rows, 7, 1000)
+    assert parts.shape == (1000, 2) and len(parts.unique(dim=0)) > 990  # no block repeats another
+    torch.testing.assert_close(parts.std(0), rows.std(0, correction=0) / 30**0.5, rtol=0.1, atol=0)
+
+
 @pytest.mark.parametrize(
     ("interval", "better", "word"),
     [((0.1, 0.3), "higher", "better"), ((0.1, 0.3), "lower", "worse"), ((-0.3, -0.1), "higher", "worse"),
      ((-0.3, -0.1), "lower", "better"), ((-0.1, 0.3), "lower", "no difference seen"),
-     ((0.0, 0.0), "higher", "no difference seen")],
+     ((0.0, 0.0), "higher", "no difference seen"), ((math.nan, math.nan), "lower", "no difference seen"),
+     ((math.nan, math.nan), "higher", "no difference seen")],
 )  # fmt: skip
 def test_verdict(interval, better, word):
     assert statistics.verdict(interval, better) == word

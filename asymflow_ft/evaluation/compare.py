@@ -14,11 +14,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image
 
+from asymflow_ft.evaluation.metrics import METRICS
 from asymflow_ft.recipe import Recipe, flat, load_recipe
+from asymflow_ft.textfiles import read_lines
 
 SOFTWARE = "asymflow-ft compare-runs"  # in the picture's metadata
 POINTS = 60  # of the longest run's smoothed curve
-FIGURES = {"retrieval_at_5": "retrieval@5", "picture_error": "picture error", "sharpness": "sharpness"}
 LOSS_KEYS = (
     "base",
     "data.source",
@@ -92,23 +93,12 @@ def read_run(folder: Path, name: str) -> Run:
             json.loads((folder / part).read_text(encoding="utf-8")) if (folder / part).is_file() else {}
             for part in ("status.json", "metrics.json", "logs/held_out_step_0.json")
         )
-        train, metrics = (_lines(folder / "logs" / part) for part in ("train.jsonl", "metrics.jsonl"))
+        train, metrics = (read_lines(folder / "logs" / part) for part in ("train.jsonl", "metrics.jsonl"))
     except ValueError as error:
         raise ValueError(f"{folder} cannot be read: {error}") from error
     if not train:
         raise ValueError(f"{folder} has no training step yet (logs/train.jsonl); wait for one or leave it out")
     return Run(name, recipe, train, metrics, status, final, held_out)
-
-
-def _lines(file: Path) -> Lines:
-    """Lines of a log that are whole: the last one may be being written."""
-    found = []
-    for line in file.read_text(encoding="utf-8").split("\n") if file.is_file() else ():
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return found
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
@@ -164,10 +154,11 @@ def describe(runs: Sequence[Run]) -> str:
     }
     levels = dict.fromkeys(level for run in runs for level in run.held_out)
     for level in levels:
-        finals = [run.final.get("held_out_error", {}).get("finetuned", {}) for run in runs]
-        rows[f"held-out error at sigma {level}"] = [_figure(final.get(level)) for final in finals]
-    for key, title in FIGURES.items():
-        rows[title] = [_figure(run.final.get("finetuned", {}).get(key)) for run in runs]
+        errors = [run.final.get("held_out_error", {}).get("finetuned", {}) for run in runs]
+        rows[f"held-out error at sigma {level}"] = [_figure(error.get(level)) for error in errors]
+    finals = [run.final.get("finetuned", {}) for run in runs]
+    for key in (key for key in METRICS if any(key in final for final in finals)):
+        rows[METRICS[key].title] = [_figure(final.get(key)) for final in finals]
     for key in dict.fromkeys(key for run in runs for line in run.metrics for key in line if key != "step"):
         rows[f"{key}, last"] = [_figure(curve(run.metrics, key)[1][-1:]) for run in runs]
     for key, title in {"seconds": "seconds", "peak_memory_gb": "peak memory in GB"}.items():

@@ -42,8 +42,8 @@ def compare_means(
     differences: list[Difference] = []
 
     def estimate(rows: Tensor) -> tuple[statistics.Estimate, statistics.Interval]:
-        weights = statistics.bootstrap_weights(len(rows), seed)
-        found = statistics.estimate(lambda w: column.reduce(w @ rows), weights)
+        value = column.reduce(rows.mean(0, keepdim=True)).item()
+        found = statistics.Estimate(value, column.reduce(statistics.bootstrap_means(rows, seed)))
         return found, statistics.bootstrap_interval(found, len(rows))
 
     for category, members in groups.items():

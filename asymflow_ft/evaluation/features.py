@@ -23,7 +23,7 @@ class Features:
 
     @torch.no_grad()
     def __call__(self, rgb: Tensor) -> Tensor:
-        """rgb (B, 3, H, W) in [-1, 1], of any size -> (B, dim) float32 on the CPU.
+        """rgb (B, 3, H, W) in [-1, 1] on the CPU, of any size -> (B, dim) float32 there.
 
         Raises:
             ValueError: the function gave another shape or values that are not finite.

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from asymflow_ft.evaluation import scorers, spectrum
@@ -110,10 +109,16 @@ def check_metrics(names: Sequence[str], has_real: bool, has_references: bool, fe
         raise ValueError(f"{', '.join(lacking)}: computed from features; name an extractor with --features")
 
 
+def clip_of(features: str | None) -> str:
+    """The CLIP of the metric "clip", a Hub repository or folder: that of the features if they are of one."""
+    kind, _, model = (features or "").partition(":")
+    return model if kind == "clip" and model else DEFAULT_CLIP
+
+
 def measure(
     pictures: Mapping[str, Sequence[Sequence[Picture]]], prompts: Sequence[Prompt], real: Sequence[Picture] | None,
-    references: Sequence[Image.Image | None], names: Sequence[str], features: Features | None, at: tuple[int, int],
-    seed: int, device: torch.device | str = "cpu", clip: str = DEFAULT_CLIP,
+    references: Sequence[Picture | None], names: Sequence[str], features: Features | None, at: tuple[int, int],
+    seed: int, device: torch.device | str = "cpu",
 ) -> Measured:  # fmt: skip
     """All metrics of all models, and of the first one against each other.
 
@@ -122,13 +127,13 @@ def measure(
         real: real pictures; without any, the references stand for them.
         references: of each prompt, the picture that it is the caption of, or None.
         names: keys of METRICS. at: (width, height) that all pictures are cropped and resized to.
-        seed: of the resampling. clip: the CLIP of the metric "clip", a Hub repository or folder.
+        seed: of the resampling.
 
     Raises:
         ValueError: as in `check_metrics`; a missing extra; models with different numbers of pictures.
     """
     known = [p for p, picture in enumerate(references) if picture is not None]
-    own = [partial(references.__getitem__, p) for p in known]  # opened when needed: they may not all fit into memory
+    own = [picture for picture in references if picture is not None]
     check_metrics(names, bool(real), bool(own), features.name if features else None)
     counts = {len(row) for rows in pictures.values() for row in rows}
     if len(counts) != 1 or 0 in counts or any(len(rows) != len(prompts) for rows in pictures.values()):
@@ -150,7 +155,10 @@ def measure(
     targets = {p: number for number, p in enumerate(known)}
     of = [targets.get(p) for p in range(len(prompts)) for _ in range(per_prompt)]
     seen = {model: look(model, [file for row in rows for file in row], of, names) for model, rows in pictures.items()}
-    scores = _text_scores(pictures, prompts, [(prompts[p].text, own[targets[p]]) for p in known], names, device, clip)
+    scores = _text_scores(
+        pictures, prompts, [(prompts[p].text, own[targets[p]]) for p in known], names, device,
+        clip_of(features.name if features else None),
+    )  # fmt: skip
 
     values: list[Value] = []
     differences: list[Difference] = []
@@ -159,8 +167,8 @@ def measure(
         if key not in _SETS:
             column = _column(key, seen, truth, scores, len(prompts), at)
             new = compare_means(METRICS[key], column, prompts, per_prompt, seed)
-        elif len(prompts) < 2:
-            warnings.append(f"{METRICS[key].title} needs at least two prompts and was left out")
+        elif len(prompts) < 3:  # the jackknife leaves one out, and the sums need pairs of what is left
+            warnings.append(f"{METRICS[key].title} needs at least three prompts and was left out")
             continue
         else:
             assert truth is not None

@@ -103,5 +103,5 @@ def unlike(table: Table, results: Results) -> list[str]:
     return found + [
         f"{key} {results.settings[key]!r}, not {value!r}"
         for key, value in paper.items()
-        if results.settings.get(key, value) != value
+        if results.settings.get(key) not in (None, value)  # None: a pipeline's own, of an undistilled base the paper's
     ]

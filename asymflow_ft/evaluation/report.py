@@ -149,7 +149,7 @@ def best(metric: Metric, results: Results) -> set[str]:
 def digits(found: Value | Difference) -> int:
     """Decimals that show two digits of the interval's width, or three of the value where it has none."""
     width = found.high - found.low
-    if math.isfinite(width) and width > 0:
+    if math.isfinite(width) and width > 1e-6 * abs(found.value):  # less is rounding
         return min(max(1 - math.floor(math.log10(width)), 0), 8)
     if math.isfinite(found.value) and found.value:
         return min(max(2 - math.floor(math.log10(abs(found.value))), 0), 8)

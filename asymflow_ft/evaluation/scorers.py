@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import ModuleType
 
 import torch
 from PIL import Image
@@ -25,6 +26,25 @@ def open_picture(picture: Picture) -> Image.Image:
         with Image.open(picture) as stored:
             return stored.convert("RGB")
     return (picture if isinstance(picture, Image.Image) else picture()).convert("RGB")
+
+
+def check_scorers(names: Sequence[str], clip: str) -> None:
+    """Before anything is drawn: what the metrics `names` need is there. Loads no large weights.
+
+    Raises:
+        ValueError: a missing extra, or a CLIP that does not open.
+    """
+    if "clip" in names:
+        from transformers import AutoTokenizer
+
+        with opening(clip):
+            AutoTokenizer.from_pretrained(clip)
+    if "hpsv2" in names:
+        _import_open_clip()
+    if "hpsv3" in names:
+        _hpsv3_python()
+    if "lpips" in names:
+        open_lpips("cpu")
 
 
 @torch.no_grad()
@@ -57,15 +77,9 @@ def hpsv2_scores(texts: Sequence[str], pictures: Sequence[Picture], device: torc
     Raises:
         ValueError: open_clip is missing, or the weights do not open.
     """
-    try:
-        import open_clip
-    except (ImportError, RuntimeError) as error:
-        raise ValueError(
-            f"metric hpsv2 needs open_clip, which does not import ({error}). Install it with "
-            "`pip install 'asymflow-ft[hpsv2]'`, or leave hpsv2 out of --metrics"
-        ) from error
     from huggingface_hub import hf_hub_download
 
+    open_clip = _import_open_clip()
     with opening("xswu/HPSv2"):
         weights = hf_hub_download("xswu/HPSv2", "HPS_v2.1_compressed.pt")
         network, _, process = open_clip.create_model_and_transforms(
@@ -80,6 +94,17 @@ def hpsv2_scores(texts: Sequence[str], pictures: Sequence[Picture], device: torc
     return torch.cat(found)
 
 
+def _import_open_clip() -> ModuleType:
+    try:
+        import open_clip
+    except (ImportError, RuntimeError) as error:
+        raise ValueError(
+            f"metric hpsv2 needs open_clip, which does not import ({error}). Install it with "
+            "`pip install 'asymflow-ft[hpsv2]'`, or leave hpsv2 out of --metrics"
+        ) from error
+    return open_clip
+
+
 def hpsv3_scores(texts: Sequence[str], pictures: Sequence[Picture], device: torch.device | str) -> Tensor:
     """Human Preference Score v3 (its mean, mu), (N,), by the hpsv3 package.
 
@@ -89,13 +114,7 @@ def hpsv3_scores(texts: Sequence[str], pictures: Sequence[Picture], device: torc
     Raises:
         ValueError: no such environment is named, or the worker stopped.
     """
-    python = os.environ.get(HPSV3_PYTHON)
-    if not python:
-        raise ValueError(
-            "metric hpsv3 needs the hpsv3 package, which asks for transformers 4.45.2 and so for an environment of "
-            "its own: `python -m venv hpsv3 && hpsv3/bin/pip install hpsv3 && "
-            f"export {HPSV3_PYTHON}=$PWD/hpsv3/bin/python`; or leave hpsv3 out of --metrics"
-        )
+    python = _hpsv3_python()
     worker = [python, str(Path(__file__).with_name("hpsv3_worker.py")), str(device)]
     with TemporaryDirectory() as folder:
         files = []
@@ -115,6 +134,17 @@ def hpsv3_scores(texts: Sequence[str], pictures: Sequence[Picture], device: torc
         if process.wait() or len(found) != len(rows):
             raise ValueError(f"the hpsv3 package stopped after {len(found)} of {len(rows)} pictures; see above")
     return torch.tensor(found)
+
+
+def _hpsv3_python() -> str:
+    python = os.environ.get(HPSV3_PYTHON)
+    if not python:
+        raise ValueError(
+            "metric hpsv3 needs the hpsv3 package, which asks for transformers 4.45.2 and so for an environment of "
+            "its own: `python -m venv hpsv3 && hpsv3/bin/pip install hpsv3 && "
+            f"export {HPSV3_PYTHON}=$PWD/hpsv3/bin/python`; or leave hpsv3 out of --metrics"
+        )
+    return python
 
 
 def open_lpips(device: torch.device | str) -> Callable[[Tensor, Tensor], Tensor]:

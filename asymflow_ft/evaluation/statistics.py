@@ -23,6 +23,7 @@ from torch import Tensor
 Verdict = Literal["better", "worse", "no difference seen"]
 Interval = tuple[float, float]
 RESAMPLES, GROUPS = 2000, 40
+_WEIGHTS = 2**24  # at once, 128 MB: real pictures may be many
 _Z = NormalDist().inv_cdf(0.975)
 
 
@@ -55,6 +56,13 @@ def bootstrap_weights(prompts: int, seed: int, resamples: int = RESAMPLES) -> Te
     return counts.scatter_add_(1, drawn, torch.ones_like(counts)) / prompts
 
 
+def bootstrap_means(rows: Tensor, seed: int, resamples: int = RESAMPLES) -> Tensor:
+    """Means of rows (P, c) over each resample of the prompts, (resamples, c); the same resamples for the same P."""
+    block = max(_WEIGHTS // len(rows), 1)
+    starts = range(0, resamples, block)
+    return torch.cat([bootstrap_weights(len(rows), seed + i, min(block, resamples - i)) @ rows for i in starts])
+
+
 def bootstrap_interval(found: Estimate, prompts: int) -> Interval:
     """The percentiles of the resamples; (value, value) where one prompt tells nothing of the spread."""
     if prompts < 2:
@@ -85,11 +93,11 @@ def jackknife_bias(found: Estimate) -> float:
 
 
 def verdict(interval: Interval, better: Literal["higher", "lower"]) -> Verdict:
-    """Of the first model, from the interval of (first - other)."""
+    """Of the first model, from the interval of (first - other). One that is not a number shows nothing."""
     low, high = interval
-    if low <= 0 <= high:
-        return "no difference seen"
-    return "better" if (low > 0) == (better == "higher") else "worse"
+    if low > 0 or high < 0:
+        return "better" if (low > 0) == (better == "higher") else "worse"
+    return "no difference seen"
 
 
 def student_quantile(freedom: int) -> float:

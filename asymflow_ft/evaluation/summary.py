@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from asymflow_ft.evaluation.report import comparisons
-from asymflow_ft.evaluation.results import Results
+from asymflow_ft.evaluation.results import Results, Value
 
 
 def describe(results: Results, report: Path) -> str:
@@ -13,9 +13,7 @@ def describe(results: Results, report: Path) -> str:
     rows = [["", *shown]]
     for metric in results.metrics:
         values = [results.value(metric.key, name) for name in shown]
-        rows.append(
-            [metric.title, *("" if v is None else f"{v.value:.4g} [{v.low:.4g}, {v.high:.4g}]" for v in values)]
-        )
+        rows.append([metric.title, *map(_cell, values)])
     for name, scores in results.benchmarks.items():
         rows.append([name, *(f"{scores[model]['overall']:.4g}" if model in scores else "" for model in names)])
     rows.append(["seconds per picture", *(f"{model.seconds[1]:.3g}" for model in results.models)])
@@ -25,3 +23,11 @@ def describe(results: Results, report: Path) -> str:
     lines += [f"warning: {warning}" for warning in results.warnings]
     lines += [comparison.sentence for comparison in comparisons(results)]
     return "\n".join([*lines, f"report: {report}"])
+
+
+def _cell(value: Value | None) -> str:
+    if value is None:
+        return ""
+    # below 1e-9 is rounding
+    middle, low, high = (f"{0.0 if abs(v) < 1e-9 else v:.4g}" for v in (value.value, value.low, value.high))
+    return f"{middle} [{low}, {high}]"

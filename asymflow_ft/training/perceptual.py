@@ -15,11 +15,22 @@ def load_perceptual(name: str, device: torch.device | str) -> PerceptualMap | No
     takes the device and gives such a map.
 
     Raises:
-        ValueError: it cannot be loaded.
+        ValueError: it cannot be loaded, or gives no map (B, 1, H, W).
     """
     if name == "none":
         return None
-    return load_lpips(device) if name == "lpips" else load_function(name)(device)
+    if name == "lpips":
+        return load_lpips(device)
+    distance = load_function(name)(device)
+    probe = torch.zeros(2, 3, 64, 96, device=device)
+    with torch.no_grad():
+        shape = tuple(distance(probe, probe).shape)
+    if shape != (2, 1, 64, 96):  # others could broadcast
+        raise ValueError(
+            f"loss.perceptual {name!r} gives the shape {shape} for pictures (2, 3, 64, 96); it must be a distance "
+            "map (2, 1, 64, 96)"
+        )
+    return distance
 
 
 def load_lpips(device: torch.device | str, random_vgg: bool = False) -> PerceptualMap:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from asymflow_ft.hub.provenance import versions
 from asymflow_ft.recipe import Recipe, flat, load_recipe, save_recipe
+from asymflow_ft.textfiles import read_lines
 from asymflow_ft.training.checkpoint import write_json
 from asymflow_ft.training.zero import set_up_zero
 
@@ -310,17 +311,6 @@ class Log:
         loss, memory = self.figures["loss"], peak_memory_gb(self.accelerator.device)
         shown = {"loss": "skipped" if loss is None else f"{loss:.3f}", "mem": f"{memory:.1f}GB"}
         return shown | ({"skipped": str(self.skipped)} if self.skipped else {})
-
-
-def read_lines(file: Path) -> list[dict[str, Any]]:
-    """A log's lines; one that a full disk or a kill cut short is left out."""
-    lines = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return lines
 
 
 def peak_memory_gb(device: torch.device) -> float:

@@ -7,6 +7,7 @@ sharded training needs.
 
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -27,9 +28,9 @@ from asymflow_ft.evaluation.pictures import sheet
 from asymflow_ft.evaluation.suites import Prompt
 from asymflow_ft.method.patches import to_image, to_tokens
 from asymflow_ft.recipe import Recipe
+from asymflow_ft.textfiles import read_lines
 from asymflow_ft.training.checkpoint import write_whole
 from asymflow_ft.training.objective import condition_of
-from asymflow_ft.training.run import read_lines
 from asymflow_ft.training.stages import Prepared
 
 HELD_OUT_SIGMAS = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95)
@@ -78,7 +79,7 @@ class Validation:
         self.empty = data.encoded.embeds("").to(accelerator.device)
         self.rows: dict[str, Sequence[Image.Image | None]] = {}
         self.metrics: dict[str, dict] = {}
-        self.real = [data.held_out.picture(i) for i in range(len(data.held_out))]
+        self.real = [partial(data.held_out.picture, i) for i in range(len(data.held_out))]  # may be too many to hold
         judged = self.prompts[: recipe.sample.judge]
         self.references: list[Image.Image | None] = [*_pictures_of(judged, [data.train, data.held_out])]
         self.references += [None] * (len(self.prompts) - len(judged))
@@ -146,29 +147,30 @@ class Validation:
         """
         self.rows[label] = pictures
         if self.accelerator.is_main_process:
-            self.metrics[name] = self.measure(pictures)
+            self.metrics["real"], self.metrics[name] = self.measure(pictures)
             if step is not None:
-                self.log(step, self.metrics[name])
+                self.log(step, pictures)
 
-    def measure(self, pictures: Sequence[Image.Image]) -> dict[str, float]:
-        """WATCHED, of the pictures of the first prompts, one each, as far as there is something to compare with: real
-        pictures are the held-out ones, or without any the prompts' own."""
+    def measure(self, pictures: Sequence[Image.Image]) -> tuple[dict[str, float], dict[str, float]]:
+        """WATCHED, of real pictures and of those of the first prompts, one each, as far as there is something to
+        compare with: real pictures are the held-out ones, or without any the prompts' own."""
         prompts = [Prompt(text, str(i)) for i, text in enumerate(self.prompts[: len(pictures)])]
         references = self.references[: len(pictures)]
         can = default_metrics(bool(self.real), any(references), None)
         found = measure(
             {"drawn": [[picture] for picture in pictures]}, prompts, self.real, references,
             [key for key in WATCHED if key in can], None, self.size, self.recipe.seed,
-        )  # fmt: skip
-        self.metrics["real"] = {value.metric: value.value for value in found.values if value.model == "real"}
-        return {value.metric: value.value for value in found.values if value.model == "drawn"}
+        ).values  # fmt: skip
+        real, drawn = ({one.metric: one.value for one in found if one.model == name} for name in ("real", "drawn"))
+        return real, drawn
 
-    def log(self, step: int, figures: dict[str, float]) -> None:
-        """A line in logs/metrics.jsonl, where those of a later or equal step, of before an interruption, go; and the
-        trackers."""
+    def log(self, step: int, pictures: Sequence[Image.Image]) -> None:
+        """A line in logs/metrics.jsonl, in the place of that of an interrupted run, and the trackers: of the first
+        sample.count prompts, which alone are drawn at every step."""
+        figures = self.measure(pictures[: self.recipe.sample.count])[1]
         file = self.out / "logs/metrics.jsonl"
-        lines = [line for line in read_lines(file) if line["step"] < step] + [{"step": step, **figures}]
-        write_whole(file, "".join(json.dumps(line) + "\n" for line in lines).encode())
+        lines = {line["step"]: line for line in read_lines(file)} | {step: {"step": step, **figures}}
+        write_whole(file, "".join(json.dumps(lines[key]) + "\n" for key in sorted(lines)).encode())
         self.accelerator.log({f"metrics/{name}": value for name, value in figures.items()}, step=step)
 
     def save_grid(self, step: int, more: dict[str, list[Image.Image]] = {}) -> None:  # noqa: B006 never changed

