@@ -196,8 +196,8 @@ def plot_spectra(study: Study, file: Path) -> None:
 
 
 def plot_sweeps(study: Study, file: Path) -> None:
-    """A dot per seed; the band is the range of (e)."""
-    arms = [arm for arm in ARMS if arm.factor != "none" and study.values("kid", arm.name)]
+    """A dot per seed; the band is the range of (e). Without (b), which lies far off."""
+    arms = [arm for arm in ARMS if arm.factor != "none" and arm.name != "b_scratch" and study.values("kid", arm.name)]
     figure, axes = plt.subplots(1, len(PLOTTED), figsize=(13, 0.28 * len(arms) + 1), sharey=True, layout="constrained")
     titles = {metric: (title, factor) for metric, title, factor, _ in COLUMNS}
     for axis, metric in zip(axes, PLOTTED, strict=True):
