@@ -75,7 +75,7 @@ def report(out: Path, page: Path) -> None:
             f"{marks[0]}.*?{marks[1]}", lambda _, t=table, m=marks: f"{m[0]}{t}\n{m[1]}", text, flags=re.DOTALL
         )
     page.write_text(text, encoding="utf-8")
-    grid(study).save(page.with_name("results_grid.png"), optimize=True)
+    grid(study).quantize(256).save(page.with_name("results_grid.png"), optimize=True)
     plot_spectra(study, page.with_name("results_spectra.png"))
     plot_sweeps(study, page.with_name("results_sweeps.png"))
     print(f"tables in {page}, pictures beside it")
