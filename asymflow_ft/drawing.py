@@ -285,14 +285,17 @@ def _load_pixel(
     pipeline.to(device)
     negative = embeds[how.negative].to(device)
 
-    decode, finite = pipeline.codec.decode, []
+    codec, finite = pipeline.codec, []
 
-    def watched(pixels: Tensor) -> Tensor:
-        finite.append(pixels.isfinite().flatten(1).all(dim=1))
-        return decode(pixels)
+    def watched(work: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def watching(pixels: Tensor) -> Tensor:
+            finite.append(pixels.isfinite().flatten(1).all(dim=1))
+            return work(pixels)
 
-    # the pipeline clamps every step's estimate by decoding and encoding it, which makes black of what is not finite
-    pipeline.codec.decode = watched
+        return watching
+
+    # the pipeline clamps every step's estimate, which makes black of what is not finite
+    codec.decode, codec.clamp = watched(codec.decode), watched(codec.clamp)
 
     def run(noise: Tensor, text: Tensor) -> tuple[list[Image.Image], list[bool]]:
         finite.clear()

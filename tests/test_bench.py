@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from asymflow_ft import cli
+from asymflow_ft import cli, commands
 from asymflow_ft.bench import clock
 from asymflow_ft.bench import step as bench
 from asymflow_ft.bench.architectures import NAMED, find_architecture, random_transformer, transformer_on_meta
@@ -245,6 +245,6 @@ def test_a_full_gpu_is_explained(capsys, monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr("asymflow_ft.commands.bench_step", full)
+    monkeypatch.setitem(commands.BENCHES, "step", full)
     assert cli.main(["bench", "step"]) == 1
     assert "the GPU is too small for this" in capsys.readouterr().err

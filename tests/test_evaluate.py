@@ -62,7 +62,7 @@ def assert_alike(left, right):
 
 
 def stamps(out):
-    return {file: file.stat().st_mtime_ns for file in out.rglob("*.png")}
+    return {file: file.stat().st_mtime_ns for file in (out / "images").rglob("*.png")}
 
 
 @pytest.fixture(scope="module")
@@ -286,7 +286,7 @@ def test_pictures_that_are_not_finite_are_named(run, tmp_path, models, tiny_base
         metadata = json.loads(handle.read(length))["__metadata__"]
     save_file(state, file, metadata)
     result = run(tmp_path / "out", TEXTS[:2], [], pipeline=str(tmp_path / "broken"))
-    (warning,) = result.warnings
+    (warning,) = [warning for warning in result.warnings if "NaN" in warning]
     assert "2 of 2 pictures of broken held NaN" in warning and f"{suite(TEXTS).prompts[1].id}-0" in warning
     assert not pictures(tmp_path / "out", "broken")["rocket", 0].any()
 
@@ -301,7 +301,7 @@ def test_sizes_that_differ_are_compared_at_the_smaller(run, tmp_path, models, ti
     assert result.compared_at == (64, 64)
     assert "compared at 64x64" in result.warnings[0] and "larger 96x96, other 64x64" in result.warnings[0]
     same = run(tmp_path / "same", TEXTS[:1], [str(models / "other")], pipeline=str(tmp_path / "larger"), size=32)
-    assert same.compared_at == (32, 32) and not same.warnings
+    assert same.compared_at == (32, 32) and not any("compared at" in warning for warning in same.warnings)
     assert pictures(tmp_path / "same", "other")["red apple", 0].shape == (32, 32, 3)
 
 
@@ -339,7 +339,9 @@ def test_real_images_are_paired_by_caption(run, tmp_path, monkeypatch):
         seen.update(real=[open_it().size for open_it in real], at=at, seed=seed)
         seen["references"] = [one and one() for one in references]
         seen["files"] = {name: [[file.is_file() for file in row] for row in rows] for name, rows in files.items()}
-        return SimpleNamespace(metrics=[], values=[], differences=[], spectra={}, warnings=["from measure"])
+        return SimpleNamespace(
+            metrics=[], values=[], differences=[], spectra={}, warnings=["from measure"], pictures={}
+        )
 
     asked = []
     monkeypatch.setattr(module, "measure", measure)
@@ -378,9 +380,9 @@ def test_official_layouts_are_written_and_their_scores_read(run, tmp_path, monke
     assert written == [("mine", [2, 2]), ("base", [2, 2])]
     assert said[-1] == f"score {tmp_path / 'out/prompts.txt/mine'}"
     assert result.benchmarks == {"prompts.txt": {"base": {"overall": 0.5}}}
-    assert result.warnings == ["not comparable at (64, 64)"]
+    assert result.warnings[0] == "not comparable at (64, 64)"
     fewer = run(tmp_path / "out", TEXTS[:1], per_prompt=2)
-    assert fewer.benchmarks == {} and fewer.warnings[1:] == ["it holds pictures of another evaluation"] * 2
+    assert fewer.benchmarks == {} and fewer.warnings.count("it holds pictures of another evaluation") == 2
 
 
 def test_names(tmp_path):

