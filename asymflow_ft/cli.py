@@ -232,7 +232,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--dtype", choices=("bfloat16", "float32"), help="default: bfloat16 on a GPU, float32 on a CPU"
     )
     command.add_argument("--metrics", help="names with commas between (default: all that can be measured)")
-    command.add_argument("--features", help="what FID and KID see: a name or file.py:function")
+    command.add_argument(
+        "--features", help="what FID and KID see: pixels, inception, clip:ID, dinov2:ID, vision:ID or file.py:function"
+    )
 
     command = commands.add_parser(
         "push", help="publish an exported model on the Hugging Face Hub",

@@ -27,7 +27,7 @@ from asymflow_ft.hub.cards import hub_commit
 from asymflow_ft.hub.forms import Converted, fetch_converted
 from asymflow_ft.training.checkpoint import newest_whole
 from asymflow_ft.training.encode import encode_texts, free_memory, load_text_parts
-from asymflow_ft.training.run import peak_memory_gb
+from asymflow_ft.training.run import peak_memory_gb, reset_peak_memory, synchronise
 from asymflow_ft.training.validation import base_noise, prompt_noise
 
 PROMPTS_AT_ONCE = 512  # embeddings held in memory: 8 to 13 MB each for a large base
@@ -251,12 +251,12 @@ def draw(
         load = _load_pixel if model.kind == "pixel" else _load_latent
         embeds, run, parameters = load(model, how, [how.negative, *some], device, show)
         mine = [one for one in wanted if one.text in some]
-        _reset_peak(device)
+        reset_peak_memory(device)
         for i in range(0, len(mine), batch_size):
             batch = mine[i : i + batch_size]
             noise = noise_of(model, how.seed, batch)
             text = pad_sequence([embeds[one.text] for one in batch], batch_first=True)
-            _synchronise(device)
+            synchronise(device)
             began = time.perf_counter()
             try:
                 pictures, finite = run(noise.to(device), text.to(device))
@@ -265,7 +265,7 @@ def draw(
                     f"out of memory with {len(batch)} pictures of {model.size}x{model.size} of {model.name} at once; "
                     "run the same command with a smaller --batch-size, which changes nothing else"
                 ) from error
-            _synchronise(device)
+            synchronise(device)
             seconds = (time.perf_counter() - began) / len(batch)
             yield Drawn(batch, pictures, finite, seconds, i == 0, peak_memory_gb(device), parameters)
         del run
@@ -335,19 +335,3 @@ def _encode(model: Model, parts: DiffusionPipeline, texts: Sequence[str], show: 
     encoded = encode_texts(model.family, parts, texts, model.max_length)
     bar = tqdm(encoded, f"prompts for {model.name}", len(texts), disable=not show, mininterval=1, leave=False)
     return {text: value.cpu() for text, value in zip(texts, bar, strict=True)}
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
-
-
-def _reset_peak(device: torch.device) -> None:
-    """Let `peak_memory_gb` count from now on; where the system cannot, it counts from the program's start."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
+from asymflow_ft.training.run import synchronise
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -22,11 +24,6 @@ class Timing:
     repeats: int
     peak_bytes: int | None = None
     processor: float | None = None
-
-
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def now() -> tuple[float, float]:

@@ -19,7 +19,7 @@ from asymflow_ft.bench.architectures import (
     random_vae,
     stock_pipeline,
 )
-from asymflow_ft.bench.clock import Timing, interleaved, measure, now, ratio, summary, synchronise
+from asymflow_ft.bench.clock import Timing, interleaved, measure, now, ratio, summary
 from asymflow_ft.bench.workload import Options, resolution_of
 from asymflow_ft.components.color import PixelCodec
 from asymflow_ft.components.pipelines import CFG_SCALE, PixelPipelineMixin, flow_solver
@@ -28,6 +28,7 @@ from asymflow_ft.components.subspace import Cond
 from asymflow_ft.method.asymflow import recover_velocity
 from asymflow_ft.method.guidance import clamp_velocity, guide
 from asymflow_ft.method.patches import to_image, to_tokens
+from asymflow_ft.training.run import synchronise
 
 STEPS = 6  # of a picture; the first one is set-up, and kept apart
 WARMUP = 2

@@ -318,3 +318,20 @@ def peak_memory_gb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Let `peak_memory_gb` count from now on; where the system cannot, it counts from the program's start."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pass
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for what an accelerator has in hand."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
