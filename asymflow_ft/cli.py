@@ -304,6 +304,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--images", type=int, help="pictures to align (default: 16), or entries of the largest cache (default: 10000)"
     )
     command.add_argument("--repeats", type=int, default=10, help="measured repetitions (default: 10)")
+    command.add_argument("--warmup", type=int, default=3, help="training steps before those (default: 3)")
     command.add_argument("--out", type=Path, help="folder for bench.json and chart.png")
     return parser
 

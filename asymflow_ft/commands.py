@@ -225,7 +225,7 @@ def run_bench(args: argparse.Namespace) -> None:
         resolution=args.resolution, batch=args.batch, quant=args.quant, compile=args.compile,
         precision=args.precision or ("no" if device.type == "cpu" else "bf16"), rank=None if args.full else args.rank,
         checkpointing=not args.no_checkpointing, reference=not args.no_reference, optimizer=args.optimizer,
-        perceptual="none" if args.no_reference else args.perceptual, repeats=args.repeats,
+        perceptual="none" if args.no_reference else args.perceptual, repeats=args.repeats, warmup=args.warmup,
         images=args.images,
     )  # fmt: skip
     on = report.machine(device)

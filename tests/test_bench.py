@@ -230,6 +230,7 @@ def test_the_sampling_benchmark(capsys, tmp_path):
         (["--arch", "nowhere/config.json"], "cannot read nowhere/config.json"),
         (["--resolution", "100"], "--resolution 100 is not a multiple of the patch, 16; the nearest is 96"),
         (["--repeats", "0"], "--repeats is 0; it must be 1 or more"),
+        (["--warmup", "-1"], "--warmup is -1; it must be 0 or more"),
         (["--full", "--quant", "nf4"], "quantised weights cannot be"),
         (["--full"], "use a smaller --arch"),
     ],

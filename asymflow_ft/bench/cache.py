@@ -88,10 +88,10 @@ def reading(data: PreparedData, repeats: int) -> dict[str, Timing]:
     return {"whole": _per(whole, len(data)), **parts}
 
 
-def waiting(architecture: Architecture, recipe: Recipe, accelerator: Accelerator, repeats: int) -> dict[str, Any]:
+def waiting(architecture: Architecture, recipe: Recipe, accelerator: Accelerator, options: Options) -> dict[str, Any]:
     """Share of training steps that waits for data."""
     run = build_run(architecture, recipe, accelerator, Stopwatch(accelerator.device))
-    step, parts = time_steps(run, repeats)
+    step, parts = time_steps(run, options.repeats, options.warmup)
     return {"step": asdict(step), "wait": asdict(parts["data wait"]),
             "share": parts["data wait"].median / step.median}  # fmt: skip
 
@@ -152,7 +152,7 @@ def bench_cache(architecture: Architecture, options: Options, device: torch.devi
         with tempfile.TemporaryDirectory(prefix="asymflow-bench-") as folder:
             recipe = make_recipe(architecture, options, Path(folder), device)
             recipe = replace(recipe, data=replace(recipe.data, workers=workers))
-            waits[name] = waiting(architecture, recipe, accelerator, options.repeats)
+            waits[name] = waiting(architecture, recipe, accelerator, options)
     with tempfile.TemporaryDirectory(prefix="asymflow-bench-") as folder, torch.no_grad():
         recipe = make_recipe(architecture, options, Path(folder), device)
         filled, stored = filling(architecture, recipe, options, device)

@@ -39,7 +39,7 @@ from asymflow_ft.training.rehearsal import Meter, VggMap
 from asymflow_ft.training.run import check_setup
 from asymflow_ft.training.student import base_dtype, build_student
 
-WARMUP = 3
+WARMUP = 3  # of the matrix product
 # In the order of a step; docs/performance.md says what belongs to each.
 PARTS = (
     "data wait", "reference forward", "student forward", "recompute", "backward", "perceptual",
@@ -216,7 +216,7 @@ def train_step(run: Run, step: int) -> None:
     summarise(run.accelerator.gather(row))
 
 
-def time_steps(run: Run, repeats: int, warmup: int = WARMUP) -> tuple[Timing, dict[str, Timing]]:
+def time_steps(run: Run, repeats: int, warmup: int) -> tuple[Timing, dict[str, Timing]]:
     """The whole step and its parts, of the same steps."""
     cuda = run.accelerator.device.type == "cuda"
     taken: list[dict[str, float]] = []
@@ -318,7 +318,7 @@ def bench_step(architecture: Architecture, options: Options, device: torch.devic
         check_memory(plan, device)
         torch.manual_seed(0)
         run = build_run(architecture, recipe, accelerator, Stopwatch(device))
-        step, parts = time_steps(run, options.repeats)
+        step, parts = time_steps(run, options.repeats, options.warmup)
         memory = measured_memory(run, step.peak_bytes)
         del run.batches  # its workers read from the folder
     tokens = options.batch * ((recipe.data.resolution // family.GEOMETRY[1]) ** 2 + architecture.text_length)

@@ -27,8 +27,8 @@ IMAGES = 8
 @dataclass(frozen=True)
 class Options:
     """What is measured, as the command line has it. rank: of the LoRA, None trains all weights. optimizer: None is
-    the recipes' default on a GPU, and 32 bits on a CPU. images: pictures to align, or entries of the largest
-    cache; None is the benchmark's own number."""
+    the recipes' default on a GPU, and 32 bits on a CPU. warmup: training steps before those that are timed. images:
+    pictures to align, or entries of the largest cache; None is the benchmark's own number."""
 
     resolution: int | None = None
     batch: int = 1
@@ -41,6 +41,7 @@ class Options:
     reference: bool = True
     optimizer: str | None = None
     repeats: int = 10
+    warmup: int = 3
     images: int | None = None
 
 
@@ -57,6 +58,8 @@ def resolution_of(architecture: Architecture, options: Options) -> int:
     for name, value in (("--batch", options.batch), ("--repeats", options.repeats), ("--rank", options.rank)):
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}; it must be 1 or more")
+    if options.warmup < 0:
+        raise ValueError(f"--warmup is {options.warmup}; it must be 0 or more")
     return side
 
 
