@@ -294,7 +294,10 @@ def build_parser() -> argparse.ArgumentParser:
     group = command.add_mutually_exclusive_group()
     group.add_argument("--rank", type=int, default=256, help="of the LoRA (default: 256)")
     group.add_argument("--full", action="store_true", help="train all weights")
-    command.add_argument("--no-checkpointing", action="store_true", help="keep activations for the backward pass")
+    command.add_argument(
+        "--checkpointing", choices=("all", "selective", "none"), default="all",
+        help="what the backward pass computes again (default: all)",
+    )  # fmt: skip
     command.add_argument("--no-reference", action="store_true", help="plain flow matching, without the frozen base")
     command.add_argument("--perceptual", choices=("vgg", "none"), default="vgg", help="default: vgg")
     command.add_argument(

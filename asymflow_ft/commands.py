@@ -33,6 +33,7 @@ from asymflow_ft.families import describe_families, family_of
 from asymflow_ft.hub.forms import add_loras
 from asymflow_ft.hub.push import describe_plan, plan_push, push, refusal
 from asymflow_ft.recipe import Data, load_recipe
+from asymflow_ft.recipe_keys import Checkpointing
 from asymflow_ft.synthesize import Sampling, synthesize
 from asymflow_ft.textfiles import read_prompts
 from asymflow_ft.training.encode import Encoder
@@ -224,7 +225,7 @@ def run_bench(args: argparse.Namespace) -> None:
     options = Options(
         resolution=args.resolution, batch=args.batch, quant=args.quant, compile=args.compile,
         precision=args.precision or ("no" if device.type == "cpu" else "bf16"), rank=None if args.full else args.rank,
-        checkpointing=not args.no_checkpointing, reference=not args.no_reference, optimizer=args.optimizer,
+        checkpointing=CHECKPOINTING[args.checkpointing], reference=not args.no_reference, optimizer=args.optimizer,
         perceptual="none" if args.no_reference else args.perceptual, repeats=args.repeats, warmup=args.warmup,
         images=args.images,
     )  # fmt: skip
@@ -246,6 +247,7 @@ def default_dtype() -> str:
     return "float32" if process_state().device.type == "cpu" else "bfloat16"
 
 
+CHECKPOINTING: dict[str, Checkpointing] = {"all": True, "selective": "selective", "none": False}
 BENCHES = {"step": bench_step, "align": bench_align, "cache": bench_cache, "sample": bench_sample}
 COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "families": run_families,

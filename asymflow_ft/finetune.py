@@ -47,6 +47,7 @@ from asymflow_ft.training.objective import summarise, training_terms
 from asymflow_ft.training.optimizer import make_optimizer, set_rates
 from asymflow_ft.training.perceptual import load_perceptual
 from asymflow_ft.training.plan import dry_run, out_of_memory
+from asymflow_ft.training.recompute import checkpointed
 from asymflow_ft.training.run import (
     PATIENCE,
     STOPPED,
@@ -191,7 +192,7 @@ def finetune(recipe: Recipe) -> None:
         parts.transformer = None  # else the full weights that it shares would outlive sharding
     network.train()
     if train.gradient_checkpointing:
-        network.enable_gradient_checkpointing()
+        network.enable_gradient_checkpointing(checkpointed(train.gradient_checkpointing))
     if train.compile:
         network.compile_repeated_blocks()
     optimizer = make_optimizer(recipe, trainable.trained_parameters(network), family.TRAINED_ENDS, family.OUTPUT_LAYER)

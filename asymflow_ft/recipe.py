@@ -130,6 +130,11 @@ def check(recipe: Recipe) -> None:
             f"loss.perceptual is {recipe.loss.perceptual!r}, whose weight comes from the variance reduction, and "
             "loss.variance_reduction is false; set loss.perceptual=none"
         )
+    if recipe.train.compile and recipe.train.gradient_checkpointing == "selective":
+        raise ValueError(
+            "train.gradient_checkpointing is 'selective', which chooses among a block's operators, and train.compile "
+            "hides them, so all would be computed again; set train.gradient_checkpointing=true or train.compile=false"
+        )
     if recipe.lora is None and recipe.train.base_weights != "full":
         raise ValueError(
             f"train.base_weights is {recipe.train.base_weights!r}, but lora is null and all weights are trained; "

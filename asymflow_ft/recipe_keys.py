@@ -141,6 +141,9 @@ class Loss:
     sigma_floor: float = 0.05
 
 
+Checkpointing = Literal[True, False, "selective"]
+
+
 @dataclass(frozen=True)
 class Train:
     """The optimizer's run. `batch_size` is per process and micro-batch; the effective batch is batch_size x
@@ -161,7 +164,7 @@ class Train:
     clip_after: int = 100
     caption_dropout: float = 0.0
     precision: Literal["bf16", "no"] = "bf16"
-    gradient_checkpointing: bool = True
+    gradient_checkpointing: Checkpointing = True  # false keeps all activations, selective those that cost most time
     compile: bool = False  # torch.compile of the repeated blocks
     base_weights: Literal["full", "nf4", "int8"] = "full"  # how the frozen linear layers are held; the ends stay whole
     ema_device: Literal["same", "cpu"] = "same"  # cpu: the average costs no GPU memory, but a copy every step

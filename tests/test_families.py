@@ -32,6 +32,7 @@ from asymflow_ft.method.asymflow import calibrate
 from asymflow_ft.method.patches import to_image, to_tokens
 from asymflow_ft.training import trainable
 from asymflow_ft.training.encode import encode_texts, load_text_parts
+from asymflow_ft.training.recompute import checkpointed
 
 NAMES = ["flux2", "flux3", "flux1", "sd3", "qwen_image", "z_image", "ernie_image"]
 PROMPTS = ["red apple", "a rocket over the sea"]
@@ -271,19 +272,20 @@ def test_exactly_the_ends_and_the_adapters_are_trained(tiny):
 def test_gradient_checkpointing_changes_nothing(tiny):
     grid, x = tiny.grid, tiny.latents(2, seed=6) @ tiny.subspace.basis.mT
     embeds, tau, gradients = tiny.texts().detach(), torch.tensor([0.4, 0.7]), []
-    for checkpointing in (False, True):
+    for checkpointing in (False, True, "selective"):
         network = tiny.family.lift(tiny.parts.transformer, tiny.subspace)
         torch.manual_seed(0)
         trainable.attach_lora(network, tiny.family.lora_targets(network), tiny.family.TRAINED_ENDS, 2, 0.0)
         network.train()
         if checkpointing:
-            network.enable_gradient_checkpointing()
+            network.enable_gradient_checkpointing(checkpointed(checkpointing))
         tiny.family.predict(network, x, tau, Cond(embeds, tiny.guidance()), grid).square().mean().backward()
         parameters = trainable.trained_parameters(network)
         gradients.append({name: parameter.grad for name, parameter in parameters.items()})
         assert all(gradient is not None for gradient in gradients[-1].values())
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-4)
+        assert torch.equal(gradients[2][name], gradients[1][name])
     assert any(gradient.any() for name, gradient in gradients[0].items() if ".lora_B." in name)
 
 

@@ -120,12 +120,21 @@ class Allocations(rehearsal.Meter):
     [
         (LORA, "train.precision=bf16"),
         (LORA, "train.precision=bf16", "train.gradient_checkpointing=true", "train.batch_size=3"),
+        (LORA, "train.precision=bf16", "train.gradient_checkpointing=selective"),
         (LORA, "train.precision=bf16", "data.condition_resolution=96", "train.batch_size=2"),
         (LORA, "train.precision=bf16", "loss.perceptual=lpips", "train.batch_size=2"),
         ("lora=null", "train.precision=no", "data.resolution=192", "train.batch_size=2"),
         ("lora=null", "train.precision=bf16", "train.gradient_checkpointing=true"),
     ],
-    ids=["lora", "lora-checkpointing", "lora-conditions", "lora-lpips", "full", "full-checkpointing"],
+    ids=[
+        "lora",
+        "lora-checkpointing",
+        "lora-selective",
+        "lora-conditions",
+        "lora-lpips",
+        "full",
+        "full-checkpointing",
+    ],
 )
 def test_rehearsal_holds_what_a_real_step_allocates(overrides, small, monkeypatch):
     recipe = tiny_recipe(*overrides)

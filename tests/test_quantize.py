@@ -7,11 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from asymflow_ft.components.quantize import quantize_frozen
+from asymflow_ft.components.quantize import quantize_frozen, round_frozen
 from asymflow_ft.components.subspace import Cond, PixelSubspace
 from asymflow_ft.families import flux2
 from asymflow_ft.hub.official import apply_adapter
 from asymflow_ft.training import trainable
+from asymflow_ft.training.recompute import checkpointed
+from asymflow_ft.training.rehearsal import Meter
 from tests.converted import adapter_of
 
 WEIGHT_ERROR = {"nf4": (0.06, 0.11), "int8": (0.003, 0.02)}  # relative, root mean square
@@ -104,7 +106,7 @@ def test_output_error_is_bounded(lifted, quantised):
 def test_lora_trains_on_top_and_the_reference_stays(base, lifted, quantised, subspace):
     kind, network = copy.deepcopy(quantised)
     trainable.attach_lora(network, flux2.lora_targets(network), flux2.TRAINED_ENDS, rank=4, dropout=0.5)
-    network.train().enable_gradient_checkpointing()
+    network.train().enable_gradient_checkpointing(checkpointed(True))
     parameters = trainable.trained_parameters(network)
     reference = trainable.lora_reference(network, network, subspace, flux2.predict)
     g = torch.Generator().manual_seed(3)
@@ -143,3 +145,38 @@ def test_lora_trains_on_top_and_the_reference_stays(base, lifted, quantised, sub
     product = parameters[f"{name}.lora_B.default.weight"] @ parameters[f"{name}.lora_A.default.weight"]
     change = merged.get_submodule(name).weight - lifted.get_submodule(name).weight
     torch.testing.assert_close(change, product, atol=1e-6, rtol=1e-3)
+
+
+def activations(network, dtype=torch.bfloat16, tokens=64):
+    """Peak bytes of a forward and a backward pass with gradient checkpointing."""
+    network = copy.deepcopy(network).to(dtype)
+    trainable.attach_lora(network, flux2.lora_targets(network), flux2.TRAINED_ENDS, rank=4, dropout=0.0)
+    network.train().enable_gradient_checkpointing(checkpointed(True))
+    x, cond = torch.randn(1, tokens, 768), Cond(torch.randn(1, 8, 192, dtype=dtype))
+    parameters = list(trainable.trained_parameters(network).values())
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    with Meter([*network.parameters(), *(p.grad for p in parameters), x, cond.embeds]) as meter:
+        flux2.predict(network, x, torch.tensor([0.5]), cond, (8, tokens // 8)).square().mean().backward()
+    return meter.peak
+
+
+def test_a_quantised_base_costs_no_activations(lifted, quantised):
+    kind, network = quantised
+    largest = max(m.weight.numel() for m in lifted.modules() if isinstance(m, nn.Linear))
+    network = copy.deepcopy(lifted).to(torch.bfloat16)
+    plain = activations(network, tokens=1024)
+    quantize_frozen(network, kind, flux2.TRAINED_ENDS, "cpu")
+    assert activations(network, tokens=1024) <= plain + 2 * largest
+
+
+def test_gradient_of_the_inputs_is_that_of_the_weights_in_use(lifted, quantised):
+    kind, network = quantised
+    rounded = copy.deepcopy(lifted)
+    round_frozen(rounded, kind, flux2.TRAINED_ENDS)
+    for name, layer in network.named_modules():
+        if is_quantised(layer):
+            x = torch.randn(3, layer.in_features, generator=torch.Generator().manual_seed(0)).requires_grad_()
+            gradient = torch.randn(3, layer.out_features, generator=torch.Generator().manual_seed(1))
+            layer(x).backward(gradient)
+            torch.testing.assert_close(x.grad, gradient @ rounded.get_submodule(name).weight, rtol=1e-4, atol=1e-4)

@@ -54,6 +54,10 @@ def test_overrides():
         ("steps", "not of the form key=value"),
         ("train.keep_every=100", r"train.keep_every is 100; checkpoints are made every 300 steps"),
         ("train.keep_every=0", "must be a multiple of that"),
+        (
+            "train.gradient_checkpointing=some",
+            "train.gradient_checkpointing is 'some'; it must be one of True, False, 'selective'",
+        ),
         ("train.base_weights=nf4", "all weights are trained; quantised weights cannot be"),
         ("train.ema_device=gpu", "must be one of 'same', 'cpu'"),
         ("train.caption_dropout=1.5", r"must be in \[0, 1\)"),

@@ -4,14 +4,13 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import torch
 from accelerate import Accelerator
 from diffusers import ModelMixin
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from asymflow_ft.bench.architectures import (
@@ -35,6 +34,7 @@ from asymflow_ft.training.memory import MemoryPlan, plan_memory
 from asymflow_ft.training.objective import summarise, training_terms
 from asymflow_ft.training.optimizer import make_optimizer, set_rates
 from asymflow_ft.training.perceptual import PerceptualMap
+from asymflow_ft.training.recompute import checkpointed
 from asymflow_ft.training.rehearsal import Meter, VggMap
 from asymflow_ft.training.run import check_setup
 from asymflow_ft.training.student import base_dtype, build_student
@@ -85,8 +85,9 @@ def watched_predict(predict: Callable[..., Tensor], watch: Stopwatch, part: str)
     return call
 
 
-def watched_checkpoint(watch: Stopwatch) -> Callable[..., Any]:
-    """What diffusers calls for a block that is checkpointed; what runs once more in the backward pass is a part."""
+def watched_checkpoint(kind: Literal[True, "selective"], watch: Stopwatch) -> Callable[..., Any]:
+    """`checkpointed`, with what runs once more in the backward pass as a part."""
+    checkpoint = checkpointed(kind)
 
     def call(block: nn.Module, *arguments: Any) -> Any:
         def run(*inputs: Any) -> Any:
@@ -95,7 +96,7 @@ def watched_checkpoint(watch: Stopwatch) -> Callable[..., Any]:
             with watch.part("recompute"):
                 return block(*inputs)
 
-        return checkpoint(run, *arguments, use_reentrant=False)
+        return checkpoint(run, *arguments)
 
     return call
 
@@ -159,7 +160,7 @@ def build_run(architecture: Architecture, recipe: Recipe, accelerator: Accelerat
         reference, frozen = trainable.frozen_reference(base, subspace, predict_reference), (network, base)
     network.train()
     if train.gradient_checkpointing:
-        network.enable_gradient_checkpointing(watched_checkpoint(watch))
+        network.enable_gradient_checkpointing(watched_checkpoint(train.gradient_checkpointing, watch))
     if train.compile:
         network.compile_repeated_blocks()
     optimizer = make_optimizer(recipe, trainable.trained_parameters(network), family.TRAINED_ENDS, family.OUTPUT_LAYER)

@@ -17,7 +17,7 @@ from asymflow_ft.data.cache import TensorCache
 from asymflow_ft.data.prepare import Entry, PreparedData
 from asymflow_ft.data.source import open_sources
 from asymflow_ft.recipe import Recipe, check
-from asymflow_ft.recipe_keys import Align, Data, Lora, Loss, Sample, Text, Train
+from asymflow_ft.recipe_keys import Align, Checkpointing, Data, Lora, Loss, Sample, Text, Train
 from asymflow_ft.training.encode import Encoder
 from asymflow_ft.training.stages import LATENT_SHARD, TEXT_SHARD, prepare
 
@@ -36,7 +36,7 @@ class Options:
     quant: str = "full"
     compile: bool = False
     rank: int | None = 256
-    checkpointing: bool = True
+    checkpointing: Checkpointing = True
     perceptual: str = "vgg"
     reference: bool = True
     optimizer: str | None = None

@@ -1,11 +1,12 @@
 """A frozen base in 4 or 8 bits, so that it fits smaller cards (bitsandbytes; the trained weights stay float32)."""
 
 import logging
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 INT8_OUTLIER = 6.0  # inputs above it are multiplied in full precision (LLM.int8(), arXiv 2208.07339)
@@ -62,10 +63,47 @@ def _quantized(layer: nn.Linear, kind: str, device: torch.device | str) -> nn.Li
         new.support_avx512bf16_for_cpu = False
     else:
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # a warning at every call
-        new = bnb.nn.Linear8bitLt(
+        new = _frozen_int8()(
             layer.in_features, layer.out_features, bias, has_fp16_weights=False, threshold=INT8_OUTLIER, device="meta"
         )
         new.weight = bnb.nn.Int8Params(weight, requires_grad=False).to(device)
     if bias:
         new.bias = nn.Parameter(layer.bias.detach().to(device), requires_grad=False)
+    new.register_forward_pre_hook(_in_autocast_precision)
     return new.train(layer.training)
+
+
+@cache
+def _frozen_int8() -> type[nn.Linear]:
+    import bitsandbytes as bnb
+
+    class FrozenInt8(bnb.nn.Linear8bitLt):
+        """int8 weights without a gradient of their own."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            return _FrozenProduct.apply(x, self, super().forward)
+
+    return FrozenInt8
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """The layer's own forward pass with a backward pass that needs no input. bitsandbytes' function holds its input
+    until the backward pass, for a gradient of the weights, and where gradient checkpointing cannot see it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: Any, product: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.state = layer.state
+        return product(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        weight = ctx.state.CB.to(gradient.dtype, copy=True).mul_(ctx.state.SCB[:, None] / 127)
+        return gradient @ weight, None, None
+
+
+def _in_autocast_precision(layer: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+    """autocast does not know these layers: they answer in the precision of their input, which behind a norm is
+    float32. A plain linear layer answers in bf16 there, and what follows takes half the memory."""
+    (x,) = inputs
+    kind = x.device.type
+    return (x.to(torch.get_autocast_dtype(kind)),) if torch.is_autocast_enabled(kind) else inputs

@@ -204,6 +204,20 @@ def plan_memory(
     return MemoryPlan(recipe, text_encoder, tensors, step, drawing, encoding, decoding, conditions)
 
 
+def less_recomputation(
+    plan: MemoryPlan, family: ModuleType, base: ModelMixin, vae: ModelMixin, free_bytes: int
+) -> MemoryPlan | None:
+    """The plan that recomputes least of those that fit; None where that is the plan itself or none fits."""
+    for kind in {True: ("false", "selective"), "selective": ("false",), False: ()}[
+        plan.recipe.train.gradient_checkpointing
+    ]:
+        recipe = override(plan.recipe, (f"train.gradient_checkpointing={kind}",))
+        changed = plan_memory(recipe, family, base, vae, plan.text_encoder, plan.conditions)
+        if changed.total <= free_bytes:
+            return changed
+    return None
+
+
 @dataclass(frozen=True)
 class Advice:
     """`overrides` of the recipe that lower its plan's total by `saved` bytes, each advice taken alone."""
@@ -218,8 +232,8 @@ class Advice:
 def options(recipe: Recipe) -> list[tuple[str, ...]]:
     """Overrides that could lower the recipe's memory."""
     train, lora, found = recipe.train, recipe.lora, []
-    if not train.gradient_checkpointing:
-        found.append(("train.gradient_checkpointing=true",))
+    less = {False: ("selective", "true"), "selective": ("true",), True: ()}[train.gradient_checkpointing]
+    found += [(f"train.gradient_checkpointing={kind}",) for kind in less]
     if lora is None:
         found.append(("lora={rank: 256}",))
     else:

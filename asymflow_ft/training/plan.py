@@ -16,11 +16,12 @@ from asymflow_ft.families import family_of
 from asymflow_ft.families.base import INDEX, MODULAR_INDEX, load_index, transformer_on_meta, vae_on_meta
 from asymflow_ft.recipe import Data, Recipe, plain
 from asymflow_ft.textfiles import read_prompts
-from asymflow_ft.training.memory import MemoryPlan, advise, plan_memory
+from asymflow_ft.training.memory import MemoryPlan, advise, less_recomputation, plan_memory
 from asymflow_ft.training.trainable import diffusers_name
 
 # Sustained TFLOP/s in bf16 for the time estimate: the first from the paper's own GPU hours, the second a guess.
 THROUGHPUTS = ((290.0, "H100, as the paper's GPU hours imply"), (70.0, "RTX 4090 class, an assumption"))
+CHECKPOINTING = {True: "on", "selective": "selective", False: "off"}
 OTHER_FORMATS = (".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".pt", ".pth")
 
 
@@ -96,6 +97,8 @@ def dry_run(recipe: Recipe, tflops: float | None = None, card_gb: float | None =
     )
     limit = 80.0 if card_gb is None else card_gb
     advice = advise(plan, family, base, vae, int(limit * 1e9))
+    room = card_gb or plan.card_gb or 0.0
+    faster = less_recomputation(plan, family, base, vae, int(room * 1e9))
     total = sum(p.numel() for p in base.parameters())
     return "\n\n".join(
         "\n".join(lines)
@@ -105,6 +108,7 @@ def dry_run(recipe: Recipe, tflops: float | None = None, card_gb: float | None =
             describe_trained(plan, family.OUTPUT_LAYER, family.TRAINED_ENDS, total),
             describe_memory(plan, card_gb),
             [f"to fit {limit:.0f} GB, these keys help most: ", *(f"  {one}" for one in advice)] if advice else [],
+            [] if faster is None else describe_room(plan, faster, room),
             describe_disk(disk, Path(recipe.output_dir)),
             describe_time(plan, tflops),
             [
@@ -178,7 +182,7 @@ def describe_memory(plan: MemoryPlan, card_gb: float | None) -> list[str]:
     top = max(plan.phases, key=lambda name: plan.phases[name])
     items = {
         **plan.held,
-        f"activations (checkpointing {'on' if train.gradient_checkpointing else 'off'})": plan.activations,
+        f"activations (checkpointing {CHECKPOINTING[train.gradient_checkpointing]})": plan.activations,
         "activations of the perceptual term": plan.perceptual_activations,
     }
     card = "no single common card" if plan.card_gb is None else f"a card of {plan.card_gb} GB"
@@ -195,6 +199,14 @@ def describe_memory(plan: MemoryPlan, card_gb: float | None) -> list[str]:
     if card_gb is not None:
         lines.append(f"  {'exceeds' if plan.total > card_gb * 1e9 else 'fits'} {card_gb:.0f} GB")
     return lines
+
+
+def describe_room(plan: MemoryPlan, faster: MemoryPlan, card_gb: float) -> list[str]:
+    kind, saved = faster.recipe.train.gradient_checkpointing, 1 - faster.step.flops / plan.step.flops
+    return [
+        f"{card_gb:.0f} GB have room for train.gradient_checkpointing={str(kind).lower()}: {_gb(faster.total)}, "
+        f"{saved:.0%} less arithmetic a step"
+    ]
 
 
 def disk_need(

@@ -31,6 +31,7 @@ from asymflow_ft.data.prepare import Batch
 from asymflow_ft.recipe import Recipe
 from asymflow_ft.training import trainable
 from asymflow_ft.training.objective import training_terms
+from asymflow_ft.training.recompute import checkpointed
 
 # VGG-16's published channels; LPIPS compares what enters each pooling, and what leaves the last convolution.
 VGG_CHANNELS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
@@ -200,7 +201,7 @@ def rehearse_step(
         vgg = VggMap() if recipe.loss.perceptual == "lpips" else None
         network.train()
         if recipe.train.gradient_checkpointing:
-            network.enable_gradient_checkpointing()
+            network.enable_gradient_checkpointing(checkpointed(recipe.train.gradient_checkpointing))
         reference: trainable.Reference | None = None
         if not recipe.loss.variance_reduction:
             pass
