@@ -141,7 +141,7 @@ def run_sample(args: argparse.Namespace) -> None:
     add_loras(pipeline, args.lora)
     if args.compile:
         compile_blocks(pipeline.transformer)
-        print("compiling: the first step takes longer, also that of a prompt of another length; the others are faster")
+        print("compiling: the first step takes longer, later once more where a prompt has another length")
     args.out.mkdir(parents=True, exist_ok=True)
     jobs = [prompt for prompt in prompts for _ in range(args.per_prompt)]
     pictures = []
