@@ -132,7 +132,7 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     command.add_argument(
         "--compile", action="store_true",
-        help="torch.compile the network's repeated blocks: a longer first step, then faster ones",
+        help="torch.compile the network's repeated blocks: a far longer first step, then faster ones",
     )  # fmt: skip
     command.add_argument("--shift", type=float, help="timestep shift (default: the pipeline's own for the size)")
     command.add_argument(
