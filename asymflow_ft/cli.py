@@ -126,6 +126,14 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--guidance", type=float, help="guidance scale; 1 turns it off (default: 4, or 1 if the base is distilled)"
     )
+    command.add_argument(
+        "--batch-guidance", action="store_true",
+        help="with and without the prompt in one call of the network: more memory, small pictures are faster",
+    )  # fmt: skip
+    command.add_argument(
+        "--compile", action="store_true",
+        help="torch.compile the network's repeated blocks: a far longer first step, then faster ones",
+    )  # fmt: skip
     command.add_argument("--shift", type=float, help="timestep shift (default: the pipeline's own for the size)")
     command.add_argument(
         "--image", action="append", default=[], type=Path, metavar="FILE",
@@ -291,6 +299,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--precision", choices=("bf16", "no"), help="default: bf16 on a GPU, no on a CPU")
     command.add_argument("--quant", choices=("full", "int8", "nf4"), default="full", help="base weights")
     command.add_argument("--compile", action="store_true", help="torch.compile the repeated blocks")
+    command.add_argument("--batch-guidance", action="store_true", help="of `sample`: as its option of this name")
     group = command.add_mutually_exclusive_group()
     group.add_argument("--rank", type=int, default=256, help="of the LoRA (default: 256)")
     group.add_argument("--full", action="store_true", help="train all weights")

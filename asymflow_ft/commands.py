@@ -30,6 +30,7 @@ from asymflow_ft.evaluation.suites import load_suite
 from asymflow_ft.evaluation.summary import describe as describe_results
 from asymflow_ft.export import export_any, load_pixel_pipeline
 from asymflow_ft.families import describe_families, family_of
+from asymflow_ft.families.base import compile_blocks
 from asymflow_ft.hub.forms import add_loras
 from asymflow_ft.hub.push import describe_plan, plan_push, push, refusal
 from asymflow_ft.recipe import Data, load_recipe
@@ -139,6 +140,9 @@ def run_sample(args: argparse.Namespace) -> None:
     dtype = getattr(torch, args.dtype or default_dtype())
     pipeline = load_pixel_pipeline(args.pipeline, dtype, args.base).to(device)
     add_loras(pipeline, args.lora)
+    if args.compile:
+        compile_blocks(pipeline.transformer)
+        print("compiling: the first step takes longer, later once more where a prompt has another length")
     args.out.mkdir(parents=True, exist_ok=True)
     jobs = [prompt for prompt in prompts for _ in range(args.per_prompt)]
     pictures = []
@@ -151,7 +155,7 @@ def run_sample(args: argparse.Namespace) -> None:
         picture = pipeline(
             prompt, negative_prompt=negative, height=args.height, width=args.width,
             num_inference_steps=args.steps, guidance_scale=args.guidance, shift=args.shift, image=conditions or None,
-            generator=torch.Generator().manual_seed(args.seed + i),
+            generator=torch.Generator().manual_seed(args.seed + i), batch_guidance=args.batch_guidance,
         ).images[0]  # fmt: skip
         picture.save(file)
         pictures.append(picture)
@@ -227,7 +231,7 @@ def run_bench(args: argparse.Namespace) -> None:
         precision=args.precision or ("no" if device.type == "cpu" else "bf16"), rank=None if args.full else args.rank,
         checkpointing=CHECKPOINTING[args.checkpointing], reference=not args.no_reference, optimizer=args.optimizer,
         perceptual="none" if args.no_reference else args.perceptual, repeats=args.repeats, warmup=args.warmup,
-        images=args.images,
+        images=args.images, batch_guidance=args.batch_guidance,
     )  # fmt: skip
     on = report.machine(device)
     try:

@@ -36,6 +36,7 @@ from asymflow_ft.data.cache import content_key
 from asymflow_ft.data.source import Images, open_sources
 from asymflow_ft.export import Result, keep_origin, pipeline_settings, result_folder, save_result, subspace_key
 from asymflow_ft.families import family_of
+from asymflow_ft.families.base import compile_blocks
 from asymflow_ft.recipe import Recipe, load_recipe
 from asymflow_ft.training import trainable
 from asymflow_ft.training.checkpoint import load_checkpoint, newest_whole, restore, save_checkpoint, write_json
@@ -194,7 +195,7 @@ def finetune(recipe: Recipe) -> None:
     if train.gradient_checkpointing:
         network.enable_gradient_checkpointing(checkpointed(train.gradient_checkpointing))
     if train.compile:
-        network.compile_repeated_blocks()
+        compile_blocks(network)
     optimizer = make_optimizer(recipe, trainable.trained_parameters(network), family.TRAINED_ENDS, family.OUTPUT_LAYER)
     prepared, optimizer = accelerator.prepare(network, optimizer)
     if recipe.lora is not None and recipe.loss.variance_reduction:

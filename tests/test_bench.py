@@ -1,6 +1,7 @@
 """The benchmarks: what they count against hand counts, what they time against planted delays, and the commands."""
 
 import json
+import os
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -206,12 +207,23 @@ def test_parts_are_the_whole_and_memory_is_the_plan(capsys, tmp_path):
     assert result["floor"]["seconds"] == pytest.approx(4 * counted["forward"] / result["matmul"]["tflops"] / 1e12)
     assert result["over_floor"] == pytest.approx(result["step"]["median"] / result["floor"]["seconds"])
     assert result["mfu"] is None and result["machine"]["versions"]["torch"] == torch.__version__
+    assert result["machine"]["attention"] == os.environ.get("DIFFUSERS_ATTN_BACKEND", "native")
     shown = capsys.readouterr().out
     assert "  recompute" in shown and "MFU not measured" in shown
 
 
-def test_the_sampling_benchmark(capsys, tmp_path):
-    assert cli.main(["bench", "sample", "--resolution", "64", "--repeats", "2", "--out", str(tmp_path)]) == 0
+@pytest.mark.parametrize("batch_guidance", [False, True])
+def test_the_sampling_benchmark(batch_guidance, capsys, tmp_path, monkeypatch):
+    batches, forward = [], flux2.TRANSFORMER.forward
+    monkeypatch.setattr(
+        flux2.TRANSFORMER, "forward",
+        lambda network, **inputs: batches.append(len(inputs["hidden_states"])) or forward(network, **inputs),
+    )  # fmt: skip
+    options = ["--resolution", "64", "--repeats", "2", "--out", str(tmp_path)]
+    assert cli.main(["bench", "sample", *options, *(["--batch-guidance"] if batch_guidance else [])]) == 0
+    turns = 2 + 2  # with the warm-up; the stock pipeline has two calls a step whatever is asked
+    assert batches.count(2) == turns * (1 + 6 * batch_guidance)
+    assert batches.count(1) == turns * (2 + 2 * 6 + 2 * 6 * (not batch_guidance))
     result = json.loads((tmp_path / "bench.json").read_text())
     eager = result["eager"]
     assert eager["pixel"]["step"]["repeats"] == eager["latent"]["step"]["repeats"] == 2 * 5

@@ -26,7 +26,7 @@ from asymflow_ft.components.pipelines import flow_solver
 from asymflow_ft.components.subspace import Cond, PixelModel, PixelSubspace
 from asymflow_ft.export import load_pixel_pipeline
 from asymflow_ft.families import family_named, family_of
-from asymflow_ft.families.base import scheduler_shift
+from asymflow_ft.families.base import compile_blocks, scheduler_shift
 from asymflow_ft.hub.bundle import bundle
 from asymflow_ft.method.asymflow import calibrate
 from asymflow_ft.method.patches import to_image, to_tokens
@@ -212,6 +212,42 @@ def test_guidance_is_counted_alike(tiny, monkeypatch):
     assert (F.normalize(v, dim=-1) - F.normalize(expected, dim=-1)).abs().max() > 0.01
 
 
+def test_guidance_in_one_batch_is_guidance_in_two_calls(tiny):
+    """Prompts shorter and longer than the negative one, one that a callback brings in, and condition images where the
+    base takes them."""
+    pipeline, batches = pixel_pipeline(tiny), []
+    picture = Image.effect_noise((SIDE, SIDE + 16), 90) if tiny.name in ("flux2", "flux3") else None
+    prompts, length = tiny.texts(), 2 * LENGTH if pipeline.zeros_are_padding else LENGTH
+    (short,) = encode_texts(tiny.family, tiny.parts, ["sea"], LENGTH)
+    (long,) = encode_texts(tiny.family, tiny.parts, ["blurry picture of a house and of nothing else"], length)
+
+    def draw(negative, other, batch_guidance):
+        batches.clear()
+        return pipeline(
+            prompt_embeds=prompts, negative_prompt_embeds=negative.expand(2, -1, -1), image=picture, height=SIDE,
+            width=SIDE, num_inference_steps=3, guidance_scale=3.0, output_type="latent",
+            generator=torch.Generator().manual_seed(0), batch_guidance=batch_guidance,
+            callback_on_step_end=lambda pipe, step, *_: {"prompt_embeds": other.expand(2, -1, -1)} if step else {},
+        ).images  # fmt: skip
+
+    def watch(network, arguments, options):
+        batches.append(len(arguments[0] if arguments else options["hidden_states"]))
+
+    pipeline.transformer.register_forward_pre_hook(watch, with_kwargs=True)
+    drawn = []
+    for texts in ((short, long), (long, short)):
+        drawn.append(draw(*texts, False))
+        assert sum(batches) == 12
+        torch.testing.assert_close(draw(*texts, True), drawn[-1], rtol=0, atol=1e-4)
+        assert batches == ([1] * 12 if tiny.name == "flux3" else [4] * 3)  # FLUX.3's is called prompt by prompt
+    assert (drawn[0] - drawn[1]).abs().max() > 0.01
+    if pipeline.zeros_are_padding:
+        assert len(short) < len(long) > prompts.shape[1]
+    else:
+        with pytest.raises(ValueError, match=f"prompt of {len(prompts[0])} rows and a negative one of 5 into"):
+            draw(short[:5], long, True)
+
+
 @torch.no_grad()
 def test_prompts_are_encoded_as_by_the_stock_pipeline(tiny):
     """By the pixel pipeline, and by the text encoder without what prompts do not use: bit for bit."""
@@ -287,6 +323,29 @@ def test_gradient_checkpointing_changes_nothing(tiny):
         torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-4)
         assert torch.equal(gradients[2][name], gradients[1][name])
     assert any(gradient.any() for name, gradient in gradients[0].items() if ".lora_B." in name)
+
+
+def test_all_repeated_blocks_are_compiled(tiny):
+    """And nothing else is: all weights in lists of blocks are in modules that will be compiled."""
+    network = tiny.family.lift(tiny.parts.transformer, tiny.subspace)
+    compile_blocks(network)
+    compiled = [block for block in network.modules() if block._compiled_call_impl is not None]
+    lists = [block for block in network.modules() if isinstance(block, nn.ModuleList)]
+    inside = [{id(p) for module in modules for p in module.parameters()} for modules in (compiled, lists)]
+    assert inside[0] == inside[1] and inside[0]
+
+
+@torch.no_grad()
+@pytest.mark.slow
+def test_compiled_is_eager(tiny):
+    network = tiny.family.lift(tiny.parts.transformer, tiny.subspace)
+    x, tau = tiny.latents(2, seed=10) @ tiny.subspace.basis.mT, torch.tensor([0.3, 0.85])
+    cond = Cond(tiny.texts(), tiny.guidance())
+    eager = tiny.family.predict(network, x, tau, cond, tiny.grid)
+    compile_blocks(network)
+    compiled = tiny.family.predict(network, x, tau, cond, tiny.grid)
+    torch.testing.assert_close(compiled, eager, rtol=0, atol=1e-5 * eager.abs().max().item())
+    assert not torch.equal(compiled, eager)  # the rounding of other kernels
 
 
 @torch.no_grad()

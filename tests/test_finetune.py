@@ -6,10 +6,10 @@ import shutil
 import pytest
 import torch
 import yaml
-from PIL import Image
+from PIL import Image, ImageChops
 from safetensors.torch import load_file
 
-from asymflow_ft import cli, finetune
+from asymflow_ft import cli, commands, finetune
 from asymflow_ft.export import load_pixel_pipeline
 from asymflow_ft.families import flux2
 from asymflow_ft.textfiles import read_lines
@@ -272,7 +272,7 @@ def test_ema_follows_the_power_function():
     assert parameter.item() == 19
 
 
-def test_sample_command(tmp_path, small_data, subspace, capsys):
+def test_sample_command(tmp_path, small_data, subspace, capsys, monkeypatch):
     assert run(tmp_path / "run", small_data, subspace, "train.steps=1") == 0
     arguments = ["sample", "--pipeline", str(tmp_path / "run/pipeline"), "--prompts", str(small_data / "prompts.txt")]
     arguments += ["--prompt", "rocket", "--steps", "1", "--sheet", "--out", str(tmp_path / "out")]
@@ -281,3 +281,15 @@ def test_sample_command(tmp_path, small_data, subspace, capsys):
         "00000.png", "00001.png", "00002.png", "sheet.png",
     ]  # fmt: skip
     assert cli.main(arguments) == 1 and "exists; choose another --out" in capsys.readouterr().err
+    calls, forward = [], flux2.TRANSFORMER.forward
+    monkeypatch.setattr(commands, "compile_blocks", calls.append)
+    monkeypatch.setattr(
+        flux2.TRANSFORMER, "forward",
+        lambda network, **inputs: calls.append(len(inputs["hidden_states"])) or forward(network, **inputs),
+    )  # fmt: skip
+    assert cli.main([*arguments[:-1], str(tmp_path / "fast"), "--batch-guidance", "--compile"]) == 0
+    assert isinstance(calls[0], flux2.TRANSFORMER) and calls[1:] == [2, 2, 2]
+    assert "compiling: the first step takes longer" in capsys.readouterr().out
+    for name in ("00000.png", "00002.png"):
+        both = [Image.open(tmp_path / out / name) for out in ("out", "fast")]
+        assert max(high for _, high in ImageChops.difference(*both).getextrema()) <= 1

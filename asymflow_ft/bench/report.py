@@ -10,6 +10,7 @@ from typing import Any
 
 import psutil
 import torch
+from diffusers.utils.constants import DIFFUSERS_ATTN_BACKEND
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -23,6 +24,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "system": platform.platform(), "python": platform.python_version(), "cpus": psutil.cpu_count(),
         "threads": torch.get_num_threads(), "cpu": _cpu_name(), "load": round(psutil.getloadavg()[0], 2),
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1), "versions": _versions(), "command": sys.argv[1:],
+        "attention": DIFFUSERS_ATTN_BACKEND,
     }  # fmt: skip
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)

@@ -25,6 +25,7 @@ from asymflow_ft.components.color import PixelCodec
 from asymflow_ft.components.pipelines import CFG_SCALE, PixelPipelineMixin, flow_solver
 from asymflow_ft.components.quantize import quantize_frozen
 from asymflow_ft.components.subspace import Cond
+from asymflow_ft.families.base import compile_blocks
 from asymflow_ft.method.asymflow import recover_velocity
 from asymflow_ft.method.guidance import clamp_velocity, guide
 from asymflow_ft.method.patches import to_image, to_tokens
@@ -170,6 +171,7 @@ def bench_sample(architecture: Architecture, options: Options, device: torch.dev
         pixels(
             prompt_embeds=embeds[:count], negative_prompt_embeds=embeds[count:], latents=noise, height=side,
             width=side, num_inference_steps=STEPS, guidance_scale=CFG_SCALE, output_type="latent",
+            batch_guidance=options.batch_guidance,
         )  # fmt: skip
 
     def draw_latents() -> None:
@@ -185,7 +187,7 @@ def bench_sample(architecture: Architecture, options: Options, device: torch.dev
     for name in ("eager", "compiled") if options.compile else ("eager",):
         if name == "compiled":
             for network in (pixels.transformer, stock.transformer):
-                network.compile_repeated_blocks()
+                compile_blocks(network)
         traces, cold = draw_both(works, repeats, device)
         result[name] = {kind: _figures(trace, cold[kind], device) for kind, trace in traces.items()}
         pixel_step, latent_step = (_timing(traces[kind].steps) for kind in ("pixel", "latent"))

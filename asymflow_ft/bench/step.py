@@ -25,6 +25,7 @@ from asymflow_ft.bench.workload import Options, make_data, make_recipe
 from asymflow_ft.components.color import PixelCodec
 from asymflow_ft.components.subspace import PixelModel, PixelSubspace
 from asymflow_ft.data.prepare import Batch
+from asymflow_ft.families.base import compile_blocks
 from asymflow_ft.recipe import Recipe
 from asymflow_ft.training import trainable
 from asymflow_ft.training.distributed import limit_norm, whole
@@ -162,7 +163,7 @@ def build_run(architecture: Architecture, recipe: Recipe, accelerator: Accelerat
     if train.gradient_checkpointing:
         network.enable_gradient_checkpointing(watched_checkpoint(train.gradient_checkpointing, watch))
     if train.compile:
-        network.compile_repeated_blocks()
+        compile_blocks(network)
     optimizer = make_optimizer(recipe, trainable.trained_parameters(network), family.TRAINED_ENDS, family.OUTPUT_LAYER)
     prepared, optimizer = accelerator.prepare(network, optimizer)
     if recipe.lora is not None and recipe.loss.variance_reduction:

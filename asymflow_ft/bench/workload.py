@@ -28,7 +28,8 @@ IMAGES = 8
 class Options:
     """What is measured, as the command line has it. rank: of the LoRA, None trains all weights. optimizer: None is
     the recipes' default on a GPU, and 32 bits on a CPU. warmup: training steps before those that are timed. images:
-    pictures to align, or entries of the largest cache; None is the benchmark's own number."""
+    pictures to align, or entries of the largest cache; None is the benchmark's own number. batch_guidance: of the
+    pixel pipeline."""
 
     resolution: int | None = None
     batch: int = 1
@@ -43,6 +44,7 @@ class Options:
     repeats: int = 10
     warmup: int = 3
     images: int | None = None
+    batch_guidance: bool = False
 
 
 def resolution_of(architecture: Architecture, options: Options) -> int:

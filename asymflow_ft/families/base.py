@@ -253,6 +253,13 @@ def build_lifted(transformer: ModelMixin, changes: dict[str, Any], state: dict[s
     return lifted.eval()
 
 
+def compile_blocks(transformer: ModelMixin) -> None:
+    """torch.compile the repeated blocks, at their first call; also where diffusers names none, as for SD3."""
+    if not transformer._repeated_blocks:
+        transformer._repeated_blocks = transformer._no_split_modules
+    transformer.compile_repeated_blocks()
+
+
 def inner(transformer: nn.Module, kind: type[ModelMixin]) -> ModelMixin:
     """The diffusers model inside what DDP, DeepSpeed or torch.compile made of it."""
     return next(module for module in transformer.modules() if isinstance(module, kind))

@@ -172,6 +172,7 @@ class PixelErnieImagePipeline(OneEncoderPipeline, ErnieImagePipeline):
 
     output_class = ImagePipelineOutput  # the stock one asks for enhanced prompts
     predict, embed = staticmethod(predict), embed
+    zeros_are_padding = True
 
 
 PIXEL_PIPELINES = (PixelErnieImagePipeline,)

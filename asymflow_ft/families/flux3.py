@@ -227,6 +227,7 @@ class PixelFlux3Pipeline(OneEncoderPipeline, Flux3LoraLoaderMixin, DiffusionPipe
 
     output_class = ImagePipelineOutput
     predict, embed = staticmethod(predict), embed
+    zeros_are_padding = True
 
 
 PIXEL_PIPELINES = (PixelFlux3Pipeline,)

@@ -195,6 +195,7 @@ class PixelQwenImagePipeline(OneEncoderPipeline, QwenImagePipeline):
 
     output_class = QwenImagePipelineOutput
     predict, embed = staticmethod(predict), embed
+    zeros_are_padding = True
 
     def set_up(self, modules: dict[str, Any], **settings: Any) -> None:
         super().set_up(modules, **settings)

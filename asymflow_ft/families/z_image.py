@@ -177,6 +177,7 @@ class PixelZImagePipeline(OneEncoderPipeline, ZImagePipeline):
 
     output_class = ZImagePipelineOutput
     predict, embed = staticmethod(predict), embed
+    zeros_are_padding = True
 
 
 PIXEL_PIPELINES = (PixelZImagePipeline,)
