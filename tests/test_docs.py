@@ -20,7 +20,7 @@ def type_name(kind: Any) -> str:
     if get_origin(kind) in (types.UnionType, Union):
         return " or ".join("null" if option is type(None) else type_name(option) for option in get_args(kind))
     if get_origin(kind) is Literal:
-        return ", ".join(f"`{option}`" for option in get_args(kind))
+        return ", ".join(f"`{str(option).lower()}`" for option in get_args(kind))
     if get_origin(kind) is tuple:
         return f"list of {type_name(get_args(kind)[0])}"
     if is_dataclass(kind):

@@ -189,6 +189,23 @@ def test_each_advice_saves_what_it_says(overrides, small):
     assert memory.advise(before, flux2, *small, free_bytes=before.total) == []
 
 
+def test_room_is_used_for_the_least_recomputation(small):
+    plans = {
+        kind: memory.plan_memory(tiny_recipe(LORA, f"train.gradient_checkpointing={kind}"), flux2, *small, 0)
+        for kind in ("true", "selective", "false")
+    }
+    everything, selective, nothing = plans.values()
+    assert nothing.step.flops < selective.step.flops < everything.step.flops
+    for free, found in (
+        (nothing.total, nothing), (nothing.total - 1, selective), (selective.total - 1, None),
+    ):  # fmt: skip
+        assert memory.less_recomputation(everything, flux2, *small, free) == found
+    assert memory.less_recomputation(selective, flux2, *small, nothing.total) == nothing
+    assert memory.less_recomputation(nothing, flux2, *small, nothing.total) is None
+    (line,) = plan.describe_room(everything, selective, 24.0)
+    assert "24 GB have room for train.gradient_checkpointing=selective: " in line and "% less arithmetic" in line
+
+
 def test_nf4_is_proposed_only_where_int8_is_not_enough(small):
     now = memory.plan_memory(tiny_recipe(LORA), flux2, *small, text_encoder=0)
     int8 = replace(now, recipe=tiny_recipe(LORA, "train.base_weights=int8"))
