@@ -51,7 +51,7 @@ def test_cache_from_filling_to_waiting(tmp_path, capsys):
     for wait in found["wait"].values():
         assert wait["share"] == wait["wait"]["median"] / wait["step"]["median"] and 0 < wait["share"] < 1
     assert list(found["starts"]) == ["2", "20", "200"]
-    assert found["growth"]["start"]["seconds"][-1] < found["growth"]["first look"]["seconds"][-1]
+    assert found["growth"]["start"]["costs"][-1] < found["growth"]["first look"]["costs"][-1]
     assert "waits for data: " in capsys.readouterr().out
 
 

@@ -13,6 +13,8 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from asymflow_ft.bench.sweep import total_memory
+
 PACKAGES = ("asymflow-ft", "torch", "diffusers", "transformers", "accelerate", "peft", "bitsandbytes")
 Rows = Sequence[Sequence[str]]
 
@@ -65,7 +67,7 @@ def spread(timing: Mapping[str, Any]) -> list[str]:
     return [seconds(timing["median"]), f"{seconds(timing['low'])} - {seconds(timing['high'])}"]
 
 
-def size(value: int | None) -> str:
+def size(value: float | None) -> str:
     return "not measured" if value is None else f"{value / 1e9:.3g} GB" if value >= 1e8 else f"{value / 1e6:.3g} MB"
 
 
@@ -140,10 +142,10 @@ def align_table(result: Mapping[str, Any]) -> str:
     return "\n\n".join([grid(rows), "\n".join(lines)])
 
 
-def growth(found: Mapping[str, Any]) -> str:
+def growth(found: Mapping[str, Any], shown: Callable[[float], str] = seconds) -> str:
     return (
         f"with the power {found['exponent']:.2f} of {', '.join(f'{n:,}' for n in found['sizes'])}: "
-        f"{seconds(found['fixed'])} + {seconds(found['each'])} each"
+        f"{shown(found['fixed'])} + {shown(found['each'])} each"
     )
 
 
@@ -222,20 +224,69 @@ def cache_chart(result: Mapping[str, Any]) -> Figure:
     return figure
 
 
+def sweep_table(result: Mapping[str, Any]) -> str:
+    found, clock = result["growth"], result["clock"]
+    own = ["processor"] if clock == "processor" else []
+    rows = [[result["key"], "tokens", "step", "quartiles", *own, "forward", "recompute", "backward", "memory",
+             "planned", "over floor"]]  # fmt: skip
+    for value, run in result["runs"].items():
+        if run is None:
+            rows += [[f"{value}: out of memory", *[""] * (len(rows[0]) - 1)]]
+            continue
+        part = {name: timing["median"] for name, timing in run["parts"].items()}
+        times = [part["reference forward"] + part["student forward"], part["recompute"], part["backward"]]
+        memory = [size(total_memory(run, kind)) for kind in ("measured", "planned")]
+        rows += [[str(value), str(run["tokens"]), *spread(run["step"]), *(seconds(run["step"][name]) for name in own),
+                  *map(seconds, times), *memory, f"{run['over_floor']:.2f}"]]  # fmt: skip
+    lines = [f"against {result['against']}:"]
+    if "step" in found:
+        lines += [f"  the step ({clock}) grows {growth(found['step'])}; its counted operations with the power "
+                  f"{found['operations']['exponent']:.2f}"]  # fmt: skip
+    if "memory" in found:
+        lines += [f"  memory grows {growth(found['memory'], size)}"]
+    return "\n\n".join([grid(rows), "\n".join(lines)])
+
+
+def sweep_chart(result: Mapping[str, Any]) -> Figure:
+    """How a step's time and memory grow."""
+    figure = Figure(figsize=(10, 3.5), layout="constrained")
+    sweep_panels(result, *figure.subplots(1, 2))
+    return figure
+
+
+def sweep_panels(result: Mapping[str, Any], left: Axes, right: Axes) -> None:
+    """Time and memory from zero, so that a fixed part is seen as one."""
+    found = result["growth"]
+    for axes, name, unit, scale in ((left, "step", "s a step", 1), (right, "memory", "GB", 1e9)):
+        if name in found:
+            own = found[name]
+            (line,) = axes.plot(own["sizes"], [cost / scale for cost in own["costs"]], "o", label="measured")
+            axes.plot(own["sizes"], [cost / scale for cost in own["fitted"]], color=line.get_color(), linewidth=1,
+                      label=f"power {own['exponent']:.2f}")  # fmt: skip
+        axes.set(xlabel=result["against"], ylabel=unit)
+    if "planned memory" in found:
+        planned = found["planned memory"]
+        right.plot(planned["sizes"], [cost / 1e9 for cost in planned["costs"]], "x", color="black", label="planned")
+    for axes in (left, right):
+        axes.set_ylim(0)
+        axes.legend(loc="lower right")
+
+
 def growth_lines(axes: Axes, curves: Mapping[str, Mapping[str, Any]], of: str) -> None:
     for name, found in curves.items():
-        (line,) = axes.loglog(found["sizes"], found["seconds"], "o", label=f"{name}: power {found['exponent']:.2f}")
-        fitted = [found["fixed"] + found["each"] * n for n in found["sizes"]]
-        axes.loglog(found["sizes"], fitted, color=line.get_color(), linewidth=1)
+        (line,) = axes.loglog(found["sizes"], found["costs"], "o", label=f"{name}: power {found['exponent']:.2f}")
+        axes.loglog(found["sizes"], found["fitted"], color=line.get_color(), linewidth=1)
     axes.set(xlabel=of, ylabel="s")
     axes.legend()
 
 
 TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "step": step_table, "align": align_table, "cache": cache_table, "sample": sample_table,
+    "sweep": sweep_table,
 }  # fmt: skip
 CHARTS: dict[str, Callable[[Mapping[str, Any]], Figure]] = {
     "step": step_chart, "align": align_chart, "cache": cache_chart, "sample": sample_chart,
+    "sweep": sweep_chart,
 }  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from asymflow_ft.bench.architectures import (
     transformer_on_meta,
     vae_on_meta,
 )
-from asymflow_ft.bench.clock import Stopwatch, Timing, measure, summary
+from asymflow_ft.bench.clock import Stopwatch, Timing, measure, now, ratio, summary
 from asymflow_ft.bench.workload import Options, make_data, make_recipe
 from asymflow_ft.components.color import PixelCodec
 from asymflow_ft.components.subspace import PixelModel, PixelSubspace
@@ -220,16 +220,20 @@ def time_steps(run: Run, repeats: int, warmup: int) -> tuple[Timing, dict[str, T
     """The whole step and its parts, of the same steps."""
     cuda = run.accelerator.device.type == "cuda"
     taken: list[dict[str, float]] = []
+    processor: list[float] = []
     for step in tqdm(range(warmup + repeats), desc="steps", leave=False, mininterval=1):
         if cuda and step == warmup:
             torch.cuda.reset_peak_memory_stats()
+        _, before = now()
         run.watch.start("rest")
         train_step(run, step)
         parts = run.watch.stop()
+        _, after = now()
         if step >= warmup:
             taken.append(parts)
+            processor.append(after - before)
     peak = torch.cuda.max_memory_allocated() if cuda else None
-    whole_step = summary([sum(parts.values()) for parts in taken], peak)
+    whole_step = summary([sum(parts.values()) for parts in taken], peak, processor)
     return whole_step, {part: summary([parts.get(part, 0.0) for parts in taken]) for part in PARTS}
 
 
@@ -271,8 +275,10 @@ def largest_gemm(network: nn.Module, tokens: int) -> tuple[int, int, int]:
     return (tokens, *max(shapes, key=lambda shape: shape[0] * shape[1]))
 
 
-def matmul_rate(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, repeats: int) -> float:
-    """Operations per second of a matrix product of this shape."""
+def time_matmul(
+    shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, repeats: int
+) -> tuple[int, Timing]:
+    """Operations of some matrix products of this shape, and their time."""
     rows, inputs, outputs = shape
     x, weight = torch.randn(rows, inputs, device=device).to(dtype), torch.randn(outputs, inputs, device=device)
     weight = weight.to(dtype)
@@ -282,7 +288,7 @@ def matmul_rate(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.d
         for _ in range(calls):
             nn.functional.linear(x, weight)
 
-    return 2 * rows * inputs * outputs * calls / measure(work, repeats, WARMUP, device).median
+    return 2 * rows * inputs * outputs * calls, measure(work, repeats, WARMUP, device)
 
 
 def peak_rate(device: torch.device) -> float | None:
@@ -293,11 +299,19 @@ def peak_rate(device: torch.device) -> float | None:
     return next((rate for piece, rate in PEAKS.items() if piece in name), None)
 
 
+class NotEnoughMemory(ValueError):
+    """The machine has less memory than a benchmark needs."""
+
+
 def check_memory(plan: MemoryPlan, device: torch.device) -> None:
-    """Refuse what would get the process killed; a GPU says itself when it is full."""
+    """Refuse what would get the process killed; a GPU says itself when it is full.
+
+    Raises:
+        NotEnoughMemory: on a CPU, if the plan does not fit.
+    """
     free = psutil.virtual_memory().available
     if device.type == "cpu" and plan.peak > free:
-        raise ValueError(
+        raise NotEnoughMemory(
             f"this needs about {plan.peak / 1e9:.1f} GB and the machine has {free / 1e9:.1f} GB free; "
             "use a smaller --arch or --resolution, --quant nf4, or a GPU"
         )
@@ -307,7 +321,7 @@ def bench_step(architecture: Architecture, options: Options, device: torch.devic
     """All figures of a training step, for bench.json.
 
     Raises:
-        ValueError: options that cannot work, or more memory than there is.
+        ValueError: options that cannot work; `NotEnoughMemory` for more memory than there is.
     """
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
     with tempfile.TemporaryDirectory(prefix="asymflow-bench-") as folder:
@@ -323,9 +337,11 @@ def bench_step(architecture: Architecture, options: Options, device: torch.devic
         del run.batches  # its workers read from the folder
     tokens = options.batch * ((recipe.data.resolution // family.GEOMETRY[1]) ** 2 + architecture.text_length)
     shape = largest_gemm(run.network, tokens)
-    rate = matmul_rate(shape, base_dtype(recipe), device, options.repeats)
+    multiplied, product = time_matmul(shape, base_dtype(recipe), device, options.repeats)
+    rate = multiplied / product.median
     forwards = 4 if run.reference is not None else 3
-    floor = forwards * plan.step.forward_flops / rate
+    floor = forwards * plan.step.forward_flops
+    instead = multiplied * ratio(step, product, device)  # operations of such products in the time of a step
     peak, speed = peak_rate(device), plan.step.flops / step.median
     return {
         "what": "step", "architecture": architecture.name, "options": asdict(options), "recipe": asdict(recipe.train),
@@ -340,6 +356,6 @@ def bench_step(architecture: Architecture, options: Options, device: torch.devic
         "operations": {"step": plan.step.flops, "forward": plan.step.forward_flops,
                        "reference": plan.step.reference_flops},
         "tflops": speed / 1e12, "matmul": {"shape": shape, "tflops": rate / 1e12},
-        "floor": {"forwards": forwards, "seconds": floor}, "over_floor": step.median / floor,
-        "share_of_matmul_rate": speed / rate, "mfu": None if peak is None else speed / peak,
+        "floor": {"forwards": forwards, "seconds": floor / rate}, "over_floor": instead / floor,
+        "share_of_matmul_rate": plan.step.flops / instead, "mfu": None if peak is None else speed / peak,
     }  # fmt: skip
