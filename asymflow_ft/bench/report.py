@@ -142,6 +142,13 @@ def align_table(result: Mapping[str, Any]) -> str:
     return "\n\n".join([grid(rows), "\n".join(lines)])
 
 
+def law(found: Mapping[str, Any], shown: Callable[[float], str]) -> str:
+    """What the line through `fitted` is."""
+    if found["fixed"] > 0:
+        return f"{shown(found['fixed'])} + {shown(found['each'])} each"
+    return f"power {found['exponent']:.2f}"
+
+
 def growth(found: Mapping[str, Any], shown: Callable[[float], str] = seconds) -> str:
     return (
         f"with the power {found['exponent']:.2f} of {', '.join(f'{n:,}' for n in found['sizes'])}: "
@@ -257,18 +264,18 @@ def sweep_chart(result: Mapping[str, Any]) -> Figure:
 def sweep_panels(result: Mapping[str, Any], left: Axes, right: Axes) -> None:
     """Time and memory from zero, so that a fixed part is seen as one."""
     found = result["growth"]
-    for axes, name, unit, scale in ((left, "step", "s a step", 1), (right, "memory", "GB", 1e9)):
+    for axes, name, unit, scale, shown in ((left, "step", "s a step", 1, seconds), (right, "memory", "GB", 1e9, size)):
         if name in found:
             own = found[name]
             (line,) = axes.plot(own["sizes"], [cost / scale for cost in own["costs"]], "o", label="measured")
             axes.plot(own["sizes"], [cost / scale for cost in own["fitted"]], color=line.get_color(), linewidth=1,
-                      label=f"power {own['exponent']:.2f}")  # fmt: skip
+                      label=law(own, shown))  # fmt: skip
         axes.set(xlabel=result["against"], ylabel=unit)
     if "planned memory" in found:
         planned = found["planned memory"]
         right.plot(planned["sizes"], [cost / 1e9 for cost in planned["costs"]], "x", color="black", label="planned")
     for axes in (left, right):
-        axes.set_ylim(0)
+        axes.set_ylim(0, 1.1 * axes.dataLim.ymax)
         axes.legend(loc="lower right")
 
 

@@ -355,7 +355,8 @@ def bench_step(architecture: Architecture, options: Options, device: torch.devic
                    for name, planned in planned_memory(plan).items()},
         "operations": {"step": plan.step.flops, "forward": plan.step.forward_flops,
                        "reference": plan.step.reference_flops},
-        "tflops": speed / 1e12, "matmul": {"shape": shape, "tflops": rate / 1e12},
+        "tflops": speed / 1e12,
+        "matmul": {"shape": shape, "tflops": rate / 1e12, "product": asdict(product)},
         "floor": {"forwards": forwards, "seconds": floor / rate}, "over_floor": instead / floor,
         "share_of_matmul_rate": plan.step.flops / instead, "mfu": None if peak is None else speed / peak,
     }  # fmt: skip
