@@ -14,8 +14,9 @@ from asymflow_ft import cli
 from asymflow_ft.bench import sweep
 from asymflow_ft.bench.architectures import NAMED
 from asymflow_ft.bench.growth import fit_growth
+from asymflow_ft.bench.limits import NotEnoughMemory
 from asymflow_ft.bench.report import sweep_table
-from asymflow_ft.bench.step import NotEnoughMemory, bench_step
+from asymflow_ft.bench.step import bench_step
 from asymflow_ft.bench.sweep import bench_sweep, parse_sweep, total_memory
 from asymflow_ft.bench.workload import Options
 from tests.conftest import REPOSITORY

@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from accelerate import Accelerator
 from diffusers import ModelMixin
@@ -21,7 +20,8 @@ from asymflow_ft.bench.architectures import (
     transformer_on_meta,
     vae_on_meta,
 )
-from asymflow_ft.bench.clock import Stopwatch, Timing, measure, now, ratio, summary
+from asymflow_ft.bench.clock import Stopwatch, Timing, now, ratio, summary
+from asymflow_ft.bench.limits import check_memory, largest_gemm, peak_rate, time_matmul
 from asymflow_ft.bench.workload import Options, make_data, make_recipe
 from asymflow_ft.components.color import PixelCodec
 from asymflow_ft.components.subspace import PixelModel, PixelSubspace
@@ -39,18 +39,12 @@ from asymflow_ft.training.rehearsal import Meter, VggMap
 from asymflow_ft.training.run import check_setup
 from asymflow_ft.training.student import base_dtype, build_student
 
-WARMUP = 3  # of the matrix product
 # In the order of a step; docs/performance.md says what belongs to each.
 PARTS = (
     "data wait", "reference forward", "student forward", "recompute", "backward", "perceptual",
     "recovery + loss arithmetic", "optimizer", "EMA", "rest",
 )  # fmt: skip
 ARITHMETIC = "recovery + loss arithmetic"
-# Dense bf16 with float32 sums, from the makers' data sheets, by a piece of the name that the driver gives.
-PEAKS = {
-    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12,
-    "RTX 4090": 165e12, "RTX 3090": 71e12,
-}  # fmt: skip
 
 
 @dataclass
@@ -267,54 +261,6 @@ def measured_memory(run: Run, peak_bytes: int | None) -> dict[str, int | None]:
 def planned_memory(plan: MemoryPlan) -> dict[str, int]:
     """The estimate of the same items."""
     return {**plan.held, "activations": plan.activations + plan.perceptual_activations}
-
-
-def largest_gemm(network: nn.Module, tokens: int) -> tuple[int, int, int]:
-    """(rows, inputs, outputs) of the largest matrix product of a forward pass over `tokens` tokens."""
-    shapes = [(m.in_features, m.out_features) for m in network.modules() if isinstance(m, nn.Linear)]
-    return (tokens, *max(shapes, key=lambda shape: shape[0] * shape[1]))
-
-
-def time_matmul(
-    shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, repeats: int
-) -> tuple[int, Timing]:
-    """Operations of some matrix products of this shape, and their time."""
-    rows, inputs, outputs = shape
-    x, weight = torch.randn(rows, inputs, device=device).to(dtype), torch.randn(outputs, inputs, device=device)
-    weight = weight.to(dtype)
-    calls = 10 if device.type == "cuda" else 1  # shorter ones would measure the launch
-
-    def work() -> None:
-        for _ in range(calls):
-            nn.functional.linear(x, weight)
-
-    return 2 * rows * inputs * outputs * calls, measure(work, repeats, WARMUP, device)
-
-
-def peak_rate(device: torch.device) -> float | None:
-    """Operations per second of the data sheet, of cards that we know."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((rate for piece, rate in PEAKS.items() if piece in name), None)
-
-
-class NotEnoughMemory(ValueError):
-    """The machine has less memory than a benchmark needs."""
-
-
-def check_memory(plan: MemoryPlan, device: torch.device) -> None:
-    """Refuse what would get the process killed; a GPU says itself when it is full.
-
-    Raises:
-        NotEnoughMemory: on a CPU, if the plan does not fit.
-    """
-    free = psutil.virtual_memory().available
-    if device.type == "cpu" and plan.peak > free:
-        raise NotEnoughMemory(
-            f"this needs about {plan.peak / 1e9:.1f} GB and the machine has {free / 1e9:.1f} GB free; "
-            "use a smaller --arch or --resolution, --quant nf4, or a GPU"
-        )
 
 
 def bench_step(architecture: Architecture, options: Options, device: torch.device) -> dict[str, Any]:

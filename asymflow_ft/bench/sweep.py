@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 from asymflow_ft.bench.architectures import Architecture
 from asymflow_ft.bench.growth import fit_growth
-from asymflow_ft.bench.step import NotEnoughMemory, bench_step
+from asymflow_ft.bench.limits import NotEnoughMemory
+from asymflow_ft.bench.step import bench_step
 from asymflow_ft.bench.workload import Options, make_recipe
 
 AGAINST = {"resolution": "tokens", "batch": "samples", "rank": "rank"}  # what growth is seen against
