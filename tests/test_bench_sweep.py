@@ -15,7 +15,7 @@ from asymflow_ft.bench import sweep
 from asymflow_ft.bench.architectures import NAMED
 from asymflow_ft.bench.growth import fit_growth
 from asymflow_ft.bench.limits import NotEnoughMemory
-from asymflow_ft.bench.report import sweep_table
+from asymflow_ft.bench.report import sweep_chart, sweep_table
 from asymflow_ft.bench.step import bench_step
 from asymflow_ft.bench.sweep import bench_sweep, parse_sweep, total_memory
 from asymflow_ft.bench.workload import Options
@@ -111,6 +111,7 @@ def test_running_out_of_memory_loses_nothing(monkeypatch, tmp_path, capsys):
     full = {2: torch.OutOfMemoryError("full")}
     one_left = bench_sweep(NAMED["tiny"], TINY, CPU, "batch", [1, 2])
     assert one_left["growth"] == {} and "2: out of memory" in sweep_table(one_left)
+    assert not any(axes.lines for axes in sweep_chart(one_left).axes)
     full = {1: torch.OutOfMemoryError("full"), 2: torch.OutOfMemoryError("full")}
     assert cli.main([*COMMAND, "--sweep", "batch=1,2"]) == 1
     assert "the GPU is too small for this" in capsys.readouterr().err

@@ -12,6 +12,7 @@ import psutil
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from asymflow_ft.bench.sweep import total_memory
 
@@ -263,26 +264,28 @@ def sweep_chart(result: Mapping[str, Any]) -> Figure:
 
 def sweep_panels(result: Mapping[str, Any], left: Axes, right: Axes) -> None:
     """Time and memory from zero, so that a fixed part is seen as one."""
-    found = result["growth"]
     for axes, name, unit, scale, shown in ((left, "step", "s a step", 1, seconds), (right, "memory", "GB", 1e9, size)):
-        if name in found:
-            own = found[name]
-            (line,) = axes.plot(own["sizes"], [cost / scale for cost in own["costs"]], "o", label="measured")
-            axes.plot(own["sizes"], [cost / scale for cost in own["fitted"]], color=line.get_color(), linewidth=1,
-                      label=law(own, shown))  # fmt: skip
         axes.set(xlabel=result["against"], ylabel=unit)
-    if "planned memory" in found:
-        planned = found["planned memory"]
-        right.plot(planned["sizes"], [cost / 1e9 for cost in planned["costs"]], "x", color="black", label="planned")
-    for axes in (left, right):
+        if name not in result["growth"]:  # not measured, or with one value alone
+            continue
+        found = result["growth"][name]
+        (line,) = axes.plot(found["sizes"], [cost / scale for cost in found["costs"]], "o", label="measured")
+        axes.plot(found["sizes"], [cost / scale for cost in found["fitted"]], color=line.get_color(), linewidth=1,
+                  label=law(found, shown))  # fmt: skip
+        if name == "memory":
+            planned = result["growth"]["planned memory"]["costs"]
+            axes.plot(found["sizes"], [cost / scale for cost in planned], "x", color="black", label="planned")
+        axes.set_xticks(found["sizes"])
         axes.set_ylim(0, 1.1 * axes.dataLim.ymax)
-        axes.legend(loc="lower right")
+        axes.legend(loc="lower right", fontsize="small")
 
 
 def growth_lines(axes: Axes, curves: Mapping[str, Mapping[str, Any]], of: str) -> None:
     for name, found in curves.items():
         (line,) = axes.loglog(found["sizes"], found["costs"], "o", label=f"{name}: power {found['exponent']:.2f}")
         axes.loglog(found["sizes"], found["fitted"], color=line.get_color(), linewidth=1)
+        axes.set_xticks(found["sizes"], [f"{n:,}" for n in found["sizes"]])
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set(xlabel=of, ylabel="s")
     axes.legend()
 
