@@ -295,13 +295,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--arch", default="tiny", help="tiny, 100m, klein-4b, klein-9b, or a transformer's config.json (default: tiny)"
     )
     command.add_argument("--resolution", type=int, help="pixels (default: tiny 128, 100m 256, else 1024)")
-    command.add_argument("--batch", type=int, default=1, help="pictures at a time (default: 1)")
+    command.add_argument("--batch", type=int, help="pictures at a time (default: 1)")
     command.add_argument("--precision", choices=("bf16", "no"), help="default: bf16 on a GPU, no on a CPU")
     command.add_argument("--quant", choices=("full", "int8", "nf4"), default="full", help="base weights")
     command.add_argument("--compile", action="store_true", help="torch.compile the repeated blocks")
     command.add_argument("--batch-guidance", action="store_true", help="of `sample`: as its option of this name")
     group = command.add_mutually_exclusive_group()
-    group.add_argument("--rank", type=int, default=256, help="of the LoRA (default: 256)")
+    group.add_argument("--rank", type=int, help="of the LoRA (default: 256)")
     group.add_argument("--full", action="store_true", help="train all weights")
     command.add_argument(
         "--checkpointing", choices=("all", "selective", "none"), default="all",
@@ -315,6 +315,10 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--images", type=int, help="pictures to align (default: 16), or entries of the largest cache (default: 10000)"
     )
+    command.add_argument(
+        "--sweep", metavar="OPTION=A,B,C", help="training steps at several values of resolution, batch or rank, and "
+        "how time and memory grow with it",
+    )  # fmt: skip
     command.add_argument("--repeats", type=int, default=10, help="measured repetitions (default: 10)")
     command.add_argument("--warmup", type=int, default=3, help="training steps before those (default: 3)")
     command.add_argument("--out", type=Path, help="folder for bench.json and chart.png")

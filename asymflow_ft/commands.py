@@ -17,6 +17,7 @@ from asymflow_ft.bench.architectures import find_architecture
 from asymflow_ft.bench.cache import bench_cache
 from asymflow_ft.bench.sample import bench_sample
 from asymflow_ft.bench.step import bench_step
+from asymflow_ft.bench.sweep import bench_sweep, parse_sweep
 from asymflow_ft.bench.workload import Options
 from asymflow_ft.components.color import PixelCodec
 from asymflow_ft.components.pipelines import NEGATIVE_PROMPT
@@ -226,22 +227,33 @@ def run_compare_runs(args: argparse.Namespace) -> None:
 
 def run_bench(args: argparse.Namespace) -> None:
     device = process_state().device
+    key, values = ("", []) if args.sweep is None else parse_sweep(args.sweep)
+    if key and args.what != "step":
+        raise ValueError(f"--sweep is of training steps (bench step); bench {args.what} cannot take it")
+    given = "full" if key == "rank" and args.full else key
+    if given == "full" or vars(args).get(key) is not None:
+        raise ValueError(f"--sweep {args.sweep} sets {key}; leave out --{given}")
     options = Options(
-        resolution=args.resolution, batch=args.batch, quant=args.quant, compile=args.compile,
-        precision=args.precision or ("no" if device.type == "cpu" else "bf16"), rank=None if args.full else args.rank,
-        checkpointing=CHECKPOINTING[args.checkpointing], reference=not args.no_reference, optimizer=args.optimizer,
+        resolution=args.resolution, batch=1 if args.batch is None else args.batch, quant=args.quant,
+        precision=args.precision or ("no" if device.type == "cpu" else "bf16"), compile=args.compile,
+        rank=None if args.full else 256 if args.rank is None else args.rank, optimizer=args.optimizer,
+        checkpointing=CHECKPOINTING[args.checkpointing], reference=not args.no_reference, images=args.images,
         perceptual="none" if args.no_reference else args.perceptual, repeats=args.repeats, warmup=args.warmup,
-        images=args.images, batch_guidance=args.batch_guidance,
+        batch_guidance=args.batch_guidance,
     )  # fmt: skip
     on = report.machine(device)
     try:
-        result = BENCHES[args.what](find_architecture(args.arch), options, device)
+        architecture = find_architecture(args.arch)
+        if key:
+            result = bench_sweep(architecture, options, device, key, values)
+        else:
+            result = BENCHES[args.what](architecture, options, device)
     except torch.OutOfMemoryError as error:
         raise ValueError(
             f"{error}\nthe GPU is too small for this. A smaller --resolution or --batch needs less; for a training "
             "step so do --quant nf4, a smaller --rank, --optimizer adamw8bit and --perceptual none"
         ) from error
-    print(report.TABLES[args.what](result))
+    print(report.TABLES[result["what"]](result))
     if args.out:
         report.save(args.out, result, on)
         print(f"\nbench.json and chart.png in {args.out}")

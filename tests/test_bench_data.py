@@ -16,6 +16,7 @@ def test_growth_of_known_laws():
     assert (line.fixed, line.each) == pytest.approx((3, 0.5)) and 0.5 < line.exponent < 1
     square = fit_growth({n: 1e-4 * n**2 for n in SIZES})
     assert square.exponent == pytest.approx(2) and square.fixed == 0  # no line with a negative start
+    assert line.fitted == pytest.approx(line.costs) and square.fitted == pytest.approx(square.costs)
     assert fit_growth(dict.fromkeys(SIZES, 2.0)).exponent == pytest.approx(0)
     assert fit_growth({n: 7.0 * n for n in SIZES}).each == pytest.approx(7)
     assert sizes_up_to(64, (8, 1, 2)) == [8, 32, 64] and sizes_up_to(2, (8, 4, 2, 1)) == [1, 2]
@@ -51,7 +52,7 @@ def test_cache_from_filling_to_waiting(tmp_path, capsys):
     for wait in found["wait"].values():
         assert wait["share"] == wait["wait"]["median"] / wait["step"]["median"] and 0 < wait["share"] < 1
     assert list(found["starts"]) == ["2", "20", "200"]
-    assert found["growth"]["start"]["seconds"][-1] < found["growth"]["first look"]["seconds"][-1]
+    assert found["growth"]["start"]["costs"][-1] < found["growth"]["first look"]["costs"][-1]
     assert "waits for data: " in capsys.readouterr().out
 
 

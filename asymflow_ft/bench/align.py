@@ -14,7 +14,7 @@ from torch import Tensor
 
 from asymflow_ft.align import draw, make_report, strip, sum_tokens
 from asymflow_ft.bench.architectures import Architecture, random_vae
-from asymflow_ft.bench.clock import Stopwatch, Timing, interleaved, measure, summary
+from asymflow_ft.bench.clock import Stopwatch, Timing, interleaved, measure, own_seconds, summary
 from asymflow_ft.bench.growth import fit_growth, sizes_up_to
 from asymflow_ft.bench.workload import Options, picture, resolution_of
 from asymflow_ft.components.color import PixelCodec, rgb_tensor
@@ -121,5 +121,5 @@ def bench_align(architecture: Architecture, options: Options, device: torch.devi
         "ends": {name: asdict(timing) for name, timing in ends.items()},
         # what `asymflow-ft align` with its default of 1,000 pictures comes to, by these figures
         "thousand_images": (1000 * whole / count + fixed) / (1000 * floor / count),
-        "growth": asdict(fit_growth({size: taken[f"align {size}"].median for size in sizes})),
+        "growth": asdict(fit_growth({size: own_seconds(taken[f"align {size}"], device) for size in sizes})),
     }  # fmt: skip

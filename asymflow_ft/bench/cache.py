@@ -16,7 +16,7 @@ from PIL import Image
 
 from asymflow_ft.bench.align import picture_folder
 from asymflow_ft.bench.architectures import Architecture, random_vae
-from asymflow_ft.bench.clock import Stopwatch, Timing, interleaved, measure, summary
+from asymflow_ft.bench.clock import Stopwatch, Timing, interleaved, measure, own_seconds, summary
 from asymflow_ft.bench.growth import fit_growth, sizes_up_to
 from asymflow_ft.bench.step import build_run, time_steps
 from asymflow_ft.bench.workload import Options, make_data, make_recipe
@@ -169,6 +169,6 @@ def bench_cache(architecture: Architecture, options: Options, device: torch.devi
         "samples_per_second": 1 / read["whole"].median,
         "wait": waits,
         "starts": {size: {name: asdict(timing) for name, timing in both.items()} for size, both in starts.items()},
-        "growth": {name: asdict(fit_growth({size: both[name].median for size, both in starts.items()}))
+        "growth": {name: asdict(fit_growth({size: own_seconds(both[name], device) for size, both in starts.items()}))
                    for name in ("first look", "start")},
     }  # fmt: skip

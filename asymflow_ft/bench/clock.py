@@ -44,6 +44,11 @@ def ratio(one: Timing, other: Timing, device: torch.device) -> float:
     return one.median / other.median
 
 
+def own_seconds(timing: Timing, device: torch.device) -> float:
+    """What growth is seen by: on a CPU the process's own clock, where it was read."""
+    return timing.processor if device.type == "cpu" and timing.processor else timing.median
+
+
 def measure(work: Callable[[], object], repeats: int, warmup: int, device: torch.device) -> Timing:
     """Time of one call of `work`, the device waited for before and after."""
     return interleaved({"": work}, repeats, warmup, device)[""]

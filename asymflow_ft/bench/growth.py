@@ -8,15 +8,16 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Growth:
-    """Seconds for sizes n. exponent: slope of log seconds over log n; 1 is proportional, more is a warning, less has a
-    fixed part. fixed, each: the nearest `fixed + each * n` in seconds (relative errors count alike, neither is
-    negative)."""
+    """Costs, in seconds, bytes or operations, of sizes n. exponent: slope of log cost over log n; 1 is proportional,
+    more is a warning, less has a fixed part. fixed, each: the nearest `fixed + each * n` (relative errors count alike,
+    neither is negative). fitted: that line at the sizes, or the power of n where no part is fixed."""
 
     sizes: list[int]
-    seconds: list[float]
+    costs: list[float]
     exponent: float
     fixed: float
     each: float
+    fitted: list[float]
 
 
 def sizes_up_to(most: int, parts: Sequence[int]) -> list[int]:
@@ -30,10 +31,10 @@ def sizes_up_to(most: int, parts: Sequence[int]) -> list[int]:
     return sorted({max(most // part, 1) for part in parts})
 
 
-def fit_growth(seconds: Mapping[int, float]) -> Growth:
-    """Growth of seconds by size, of two sizes or more."""
-    n, t = np.array(list(seconds), dtype=float), np.array(list(seconds.values()))
-    exponent = np.polyfit(np.log(n), np.log(t), 1)[0]
+def fit_growth(costs: Mapping[int, float]) -> Growth:
+    """Growth of costs by size, of two sizes or more."""
+    n, t = np.array(list(costs), dtype=float), np.array(list(costs.values()), dtype=float)
+    power = np.polyfit(np.log(n), np.log(t), 1)
     # a line whose best fixed part or slope is negative is best without that part
     candidates = []
     for columns in ((np.ones_like(n), n), (np.zeros_like(n), n), (np.ones_like(n), np.zeros_like(n))):
@@ -41,4 +42,5 @@ def fit_growth(seconds: Mapping[int, float]) -> Growth:
         found = np.linalg.lstsq(system, np.ones_like(n), rcond=None)[0]
         candidates.append((not (found >= 0).all(), float(((system @ found - 1) ** 2).sum()), found))
     fixed, each = min(candidates, key=lambda candidate: candidate[:2])[2]
-    return Growth(list(seconds), t.tolist(), float(exponent), float(fixed), float(each))
+    fitted = fixed + each * n if fixed > 0 else np.exp(np.polyval(power, np.log(n)))
+    return Growth(list(costs), t.tolist(), float(power[0]), float(fixed), float(each), fitted.tolist())

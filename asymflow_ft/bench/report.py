@@ -13,6 +13,9 @@ import torch
 from diffusers.utils.constants import DIFFUSERS_ATTN_BACKEND
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
+
+from asymflow_ft.bench.sweep import total_memory
 
 PACKAGES = ("asymflow-ft", "torch", "diffusers", "transformers", "accelerate", "peft", "bitsandbytes")
 Rows = Sequence[Sequence[str]]
@@ -67,7 +70,7 @@ def spread(timing: Mapping[str, Any]) -> list[str]:
     return [seconds(timing["median"]), f"{seconds(timing['low'])} - {seconds(timing['high'])}"]
 
 
-def size(value: int | None) -> str:
+def size(value: float | None) -> str:
     return "not measured" if value is None else f"{value / 1e9:.3g} GB" if value >= 1e8 else f"{value / 1e6:.3g} MB"
 
 
@@ -142,10 +145,17 @@ def align_table(result: Mapping[str, Any]) -> str:
     return "\n\n".join([grid(rows), "\n".join(lines)])
 
 
-def growth(found: Mapping[str, Any]) -> str:
+def law(found: Mapping[str, Any], shown: Callable[[float], str]) -> str:
+    """What the line through `fitted` is."""
+    if found["fixed"] > 0:
+        return f"{shown(found['fixed'])} + {shown(found['each'])} each"
+    return f"power {found['exponent']:.2f}"
+
+
+def growth(found: Mapping[str, Any], shown: Callable[[float], str] = seconds) -> str:
     return (
         f"with the power {found['exponent']:.2f} of {', '.join(f'{n:,}' for n in found['sizes'])}: "
-        f"{seconds(found['fixed'])} + {seconds(found['each'])} each"
+        f"{shown(found['fixed'])} + {shown(found['each'])} each"
     )
 
 
@@ -224,20 +234,71 @@ def cache_chart(result: Mapping[str, Any]) -> Figure:
     return figure
 
 
+def sweep_table(result: Mapping[str, Any]) -> str:
+    found, clock = result["growth"], result["clock"]
+    own = ["processor"] if clock == "processor" else []
+    rows = [[result["key"], "tokens", "step", "quartiles", *own, "forward", "recompute", "backward", "memory",
+             "planned", "over floor"]]  # fmt: skip
+    for value, run in result["runs"].items():
+        if run is None:
+            rows += [[f"{value}: out of memory", *[""] * (len(rows[0]) - 1)]]
+            continue
+        part = {name: timing["median"] for name, timing in run["parts"].items()}
+        times = [part["reference forward"] + part["student forward"], part["recompute"], part["backward"]]
+        memory = [size(total_memory(run, kind)) for kind in ("measured", "planned")]
+        rows += [[str(value), str(run["tokens"]), *spread(run["step"]), *(seconds(run["step"][name]) for name in own),
+                  *map(seconds, times), *memory, f"{run['over_floor']:.2f}"]]  # fmt: skip
+    lines = [f"against {result['against']}:"]
+    if "step" in found:
+        lines += [f"  the step ({clock}) grows {growth(found['step'])}; its counted operations with the power "
+                  f"{found['operations']['exponent']:.2f}"]  # fmt: skip
+    if "memory" in found:
+        lines += [f"  memory grows {growth(found['memory'], size)}"]
+    return "\n\n".join([grid(rows), "\n".join(lines)])
+
+
+def sweep_chart(result: Mapping[str, Any]) -> Figure:
+    """How a step's time and memory grow."""
+    figure = Figure(figsize=(10, 3.5), layout="constrained")
+    sweep_panels(result, *figure.subplots(1, 2))
+    return figure
+
+
+def sweep_panels(result: Mapping[str, Any], left: Axes, right: Axes) -> None:
+    """Time and memory from zero, so that a fixed part is seen as one."""
+    for axes, name, unit, scale, shown in ((left, "step", "s a step", 1, seconds), (right, "memory", "GB", 1e9, size)):
+        axes.set(xlabel=result["against"], ylabel=unit)
+        if name not in result["growth"]:  # not measured, or with one value alone
+            continue
+        found = result["growth"][name]
+        (line,) = axes.plot(found["sizes"], [cost / scale for cost in found["costs"]], "o", label="measured")
+        axes.plot(found["sizes"], [cost / scale for cost in found["fitted"]], color=line.get_color(), linewidth=1,
+                  label=law(found, shown))  # fmt: skip
+        if name == "memory":
+            planned = result["growth"]["planned memory"]["costs"]
+            axes.plot(found["sizes"], [cost / scale for cost in planned], "x", color="black", label="planned")
+        axes.set_xticks(found["sizes"])
+        axes.set_ylim(0, 1.1 * axes.dataLim.ymax)
+        axes.legend(loc="lower right", fontsize="small")
+
+
 def growth_lines(axes: Axes, curves: Mapping[str, Mapping[str, Any]], of: str) -> None:
     for name, found in curves.items():
-        (line,) = axes.loglog(found["sizes"], found["seconds"], "o", label=f"{name}: power {found['exponent']:.2f}")
-        fitted = [found["fixed"] + found["each"] * n for n in found["sizes"]]
-        axes.loglog(found["sizes"], fitted, color=line.get_color(), linewidth=1)
+        (line,) = axes.loglog(found["sizes"], found["costs"], "o", label=f"{name}: power {found['exponent']:.2f}")
+        axes.loglog(found["sizes"], found["fitted"], color=line.get_color(), linewidth=1)
+        axes.set_xticks(found["sizes"], [f"{n:,}" for n in found["sizes"]])
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set(xlabel=of, ylabel="s")
     axes.legend()
 
 
 TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "step": step_table, "align": align_table, "cache": cache_table, "sample": sample_table,
+    "sweep": sweep_table,
 }  # fmt: skip
 CHARTS: dict[str, Callable[[Mapping[str, Any]], Figure]] = {
     "step": step_chart, "align": align_chart, "cache": cache_chart, "sample": sample_chart,
+    "sweep": sweep_chart,
 }  # fmt: skip
 
 

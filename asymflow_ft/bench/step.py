@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import psutil
 import torch
 from accelerate import Accelerator
 from diffusers import ModelMixin
@@ -20,7 +19,8 @@ from asymflow_ft.bench.architectures import (
     transformer_on_meta,
     vae_on_meta,
 )
-from asymflow_ft.bench.clock import Stopwatch, Timing, measure, summary
+from asymflow_ft.bench.clock import Stopwatch, Timing, now, ratio, summary
+from asymflow_ft.bench.limits import check_memory, largest_gemm, peak_rate, time_matmul
 from asymflow_ft.bench.workload import Options, make_data, make_recipe
 from asymflow_ft.components.color import PixelCodec
 from asymflow_ft.components.subspace import PixelModel, PixelSubspace
@@ -40,18 +40,12 @@ from asymflow_ft.training.rehearsal import Meter, VggMap
 from asymflow_ft.training.run import check_setup
 from asymflow_ft.training.student import base_dtype, build_student
 
-WARMUP = 3  # of the matrix product
 # In the order of a step; docs/performance.md says what belongs to each.
 PARTS = (
     "data wait", "reference forward", "student forward", "recompute", "backward", "perceptual",
     "recovery + loss arithmetic", "optimizer", "EMA", "rest",
 )  # fmt: skip
 ARITHMETIC = "recovery + loss arithmetic"
-# Dense bf16 with float32 sums, from the makers' data sheets, by a piece of the name that the driver gives.
-PEAKS = {
-    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12,
-    "RTX 4090": 165e12, "RTX 3090": 71e12,
-}  # fmt: skip
 
 
 @dataclass
@@ -222,16 +216,20 @@ def time_steps(run: Run, repeats: int, warmup: int) -> tuple[Timing, dict[str, T
     """The whole step and its parts, of the same steps."""
     cuda = run.accelerator.device.type == "cuda"
     taken: list[dict[str, float]] = []
+    processor: list[float] = []
     for step in tqdm(range(warmup + repeats), desc="steps", leave=False, mininterval=1):
         if cuda and step == warmup:
             torch.cuda.reset_peak_memory_stats()
+        _, before = now()
         run.watch.start("rest")
         train_step(run, step)
         parts = run.watch.stop()
+        _, after = now()
         if step >= warmup:
             taken.append(parts)
+            processor.append(after - before)
     peak = torch.cuda.max_memory_allocated() if cuda else None
-    whole_step = summary([sum(parts.values()) for parts in taken], peak)
+    whole_step = summary([sum(parts.values()) for parts in taken], peak, processor)
     return whole_step, {part: summary([parts.get(part, 0.0) for parts in taken]) for part in PARTS}
 
 
@@ -267,49 +265,11 @@ def planned_memory(plan: MemoryPlan) -> dict[str, int]:
     return {**plan.held, "activations": plan.activations + plan.perceptual_activations}
 
 
-def largest_gemm(network: nn.Module, tokens: int) -> tuple[int, int, int]:
-    """(rows, inputs, outputs) of the largest matrix product of a forward pass over `tokens` tokens."""
-    shapes = [(m.in_features, m.out_features) for m in network.modules() if isinstance(m, nn.Linear)]
-    return (tokens, *max(shapes, key=lambda shape: shape[0] * shape[1]))
-
-
-def matmul_rate(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, repeats: int) -> float:
-    """Operations per second of a matrix product of this shape."""
-    rows, inputs, outputs = shape
-    x, weight = torch.randn(rows, inputs, device=device).to(dtype), torch.randn(outputs, inputs, device=device)
-    weight = weight.to(dtype)
-    calls = 10 if device.type == "cuda" else 1  # shorter ones would measure the launch
-
-    def work() -> None:
-        for _ in range(calls):
-            nn.functional.linear(x, weight)
-
-    return 2 * rows * inputs * outputs * calls / measure(work, repeats, WARMUP, device).median
-
-
-def peak_rate(device: torch.device) -> float | None:
-    """Operations per second of the data sheet, of cards that we know."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((rate for piece, rate in PEAKS.items() if piece in name), None)
-
-
-def check_memory(plan: MemoryPlan, device: torch.device) -> None:
-    """Refuse what would get the process killed; a GPU says itself when it is full."""
-    free = psutil.virtual_memory().available
-    if device.type == "cpu" and plan.peak > free:
-        raise ValueError(
-            f"this needs about {plan.peak / 1e9:.1f} GB and the machine has {free / 1e9:.1f} GB free; "
-            "use a smaller --arch or --resolution, --quant nf4, or a GPU"
-        )
-
-
 def bench_step(architecture: Architecture, options: Options, device: torch.device) -> dict[str, Any]:
     """All figures of a training step, for bench.json.
 
     Raises:
-        ValueError: options that cannot work, or more memory than there is.
+        ValueError: options that cannot work; `NotEnoughMemory` for more memory than there is.
     """
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
     with tempfile.TemporaryDirectory(prefix="asymflow-bench-") as folder:
@@ -325,9 +285,11 @@ def bench_step(architecture: Architecture, options: Options, device: torch.devic
         del run.batches  # its workers read from the folder
     tokens = options.batch * ((recipe.data.resolution // family.GEOMETRY[1]) ** 2 + architecture.text_length)
     shape = largest_gemm(run.network, tokens)
-    rate = matmul_rate(shape, base_dtype(recipe), device, options.repeats)
+    multiplied, product = time_matmul(shape, base_dtype(recipe), device, options.repeats)
+    rate = multiplied / product.median
     forwards = 4 if run.reference is not None else 3
-    floor = forwards * plan.step.forward_flops / rate
+    floor = forwards * plan.step.forward_flops
+    instead = multiplied * ratio(step, product, device)  # operations of such products in the time of a step
     peak, speed = peak_rate(device), plan.step.flops / step.median
     return {
         "what": "step", "architecture": architecture.name, "options": asdict(options), "recipe": asdict(recipe.train),
@@ -341,7 +303,8 @@ def bench_step(architecture: Architecture, options: Options, device: torch.devic
                    for name, planned in planned_memory(plan).items()},
         "operations": {"step": plan.step.flops, "forward": plan.step.forward_flops,
                        "reference": plan.step.reference_flops},
-        "tflops": speed / 1e12, "matmul": {"shape": shape, "tflops": rate / 1e12},
-        "floor": {"forwards": forwards, "seconds": floor}, "over_floor": step.median / floor,
-        "share_of_matmul_rate": speed / rate, "mfu": None if peak is None else speed / peak,
+        "tflops": speed / 1e12,
+        "matmul": {"shape": shape, "tflops": rate / 1e12, "product": asdict(product)},
+        "floor": {"forwards": forwards, "seconds": floor / rate}, "over_floor": instead / floor,
+        "share_of_matmul_rate": plan.step.flops / instead, "mfu": None if peak is None else speed / peak,
     }  # fmt: skip

@@ -1,0 +1,93 @@
+"""The training step at several resolutions, batches or ranks, and how its time and its memory grow."""
+
+import difflib
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from asymflow_ft.bench.architectures import Architecture
+from asymflow_ft.bench.growth import fit_growth
+from asymflow_ft.bench.limits import NotEnoughMemory
+from asymflow_ft.bench.step import bench_step
+from asymflow_ft.bench.workload import Options, make_recipe
+
+AGAINST = {"resolution": "tokens", "batch": "samples", "rank": "rank"}  # what growth is seen against
+
+
+def parse_sweep(text: str) -> tuple[str, list[int]]:
+    """Option and ascending values of `resolution=128,192,256`.
+
+    Raises:
+        ValueError: another form, an option that cannot be swept, or fewer than two values.
+    """
+    key, _, listed = text.partition("=")
+    if key not in AGAINST:
+        near = difflib.get_close_matches(key, AGAINST, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"it takes {', '.join(AGAINST)}, as in resolution=128,192,256"
+        raise ValueError(f"--sweep has no {key!r}; {hint}")
+    try:
+        values = sorted({int(value) for value in listed.split(",")})
+    except ValueError:
+        raise ValueError(f"--sweep {text}: the values must be integers, as in {key}=1,2,4") from None
+    if len(values) < 2:
+        raise ValueError(f"--sweep {text}: growth is measured from one value to another, so it must be 2 or more")
+    return key, values
+
+
+def total_memory(run: dict[str, Any], kind: str) -> int | None:
+    """Bytes of all items of a step's figures; None where one was not measured."""
+    items = [item[kind] for item in run["memory"].values()]
+    return None if None in items else sum(items)
+
+
+def bench_sweep(
+    architecture: Architecture, options: Options, device: torch.device, key: str, values: Sequence[int]
+) -> dict[str, Any]:
+    """The figures of a training step with each of `values` for the option `key`, and how they grow, for bench.json. A
+    value that there is not enough memory for has no figures, None.
+
+    Raises:
+        ValueError: options that cannot work, before anything is measured.
+        torch.OutOfMemoryError, NotEnoughMemory: of the first value, if there is not enough memory for any.
+    """
+    several = {value: replace(options, **{key: value}) for value in values}
+    for own in several.values():
+        make_recipe(architecture, own, Path(), device)
+    runs: dict[int, dict[str, Any] | None] = {}
+    too_large = []
+    for value, own in tqdm(several.items(), desc=key, leave=False):
+        if options.compile:  # or the second shape would be compiled for all shapes, which a run of its own is not
+            torch.compiler.reset()
+        try:
+            runs[value] = bench_step(architecture, own, device)
+        except (torch.OutOfMemoryError, NotEnoughMemory) as error:
+            runs[value] = None
+            too_large.append(error.with_traceback(None))  # which holds the networks
+        gc.collect()
+        torch.cuda.empty_cache()
+    if len(too_large) == len(runs):
+        raise too_large[0]
+
+    measured = {value: run for value, run in runs.items() if run is not None}
+    sizes = {value: run["tokens"] if key == "resolution" else value for value, run in measured.items()}
+    clock = "processor" if device.type == "cpu" else "median"
+    costs: dict[str, Callable[[dict[str, Any]], Any]] = {
+        "step": lambda run: run["step"][clock],
+        "memory": lambda run: total_memory(run, "measured"),
+        "planned memory": lambda run: total_memory(run, "planned"),
+        "operations": lambda run: run["operations"]["step"],
+    }
+    growth = {}
+    for name, cost in costs.items():
+        grown = {sizes[value]: cost(run) for value, run in measured.items()}
+        if len(grown) > 1 and None not in grown.values():
+            growth[name] = asdict(fit_growth(grown))
+    return {
+        "what": "sweep", "architecture": architecture.name, "options": asdict(options), "key": key,
+        "against": AGAINST[key], "clock": clock, "runs": runs, "growth": growth,
+    }  # fmt: skip
