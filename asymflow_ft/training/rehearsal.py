@@ -30,7 +30,7 @@ from asymflow_ft.components.subspace import Cond, PixelModel, PixelSubspace
 from asymflow_ft.data.prepare import Batch
 from asymflow_ft.recipe import Recipe
 from asymflow_ft.training import trainable
-from asymflow_ft.training.objective import training_terms
+from asymflow_ft.training.objective import pixel_noise, training_terms
 
 # VGG-16's published channels; LPIPS compares what enters each pooling, and what leaves the last convolution.
 VGG_CHANNELS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
@@ -240,12 +240,13 @@ def rehearse_step(
             z_references = (torch.empty(count, (beside // size) ** 2, subspace.config["rank"]),) * conditions
             rgb = torch.empty(count, 3, side, side)
             batch = Batch(rgb, z0, embeds, list(range(count)), [], references, z_references)
+            noise = pixel_noise(batch, size, recipe.seed)
             perceptual = None if vgg is None else watched_vgg
             cpu = torch.device("cpu")
             if reference is None:
                 marks.append((0, 0))
             watched = None if reference is None else watched_reference
-            terms = training_terms(recipe, model, watched, codec, perceptual, batch, 1.0, cpu)
+            terms = training_terms(recipe, model, watched, codec, perceptual, batch, noise, 1.0, cpu)
             marks.append((meter.peak, meter.flops))
             terms.loss().backward()
     (reference_peak, reference_flops), (_, forward_flops), *_ = marks
