@@ -35,7 +35,7 @@ from asymflow_ft.training.feed import Noise, loader, micro_batches
 from asymflow_ft.training.memory import MemoryPlan, plan_memory
 from asymflow_ft.training.objective import pixel_noise, summarise, training_terms
 from asymflow_ft.training.optimizer import make_optimizer, set_rates
-from asymflow_ft.training.perceptual import PerceptualMap
+from asymflow_ft.training.perceptual import PerceptualMap, image_by_image
 from asymflow_ft.training.rehearsal import Meter, VggMap
 from asymflow_ft.training.run import check_setup
 from asymflow_ft.training.student import base_dtype, build_student
@@ -113,14 +113,14 @@ def watched_perceptual(distance: PerceptualMap, watch: Stopwatch) -> PerceptualM
 
 
 def vgg_map(device: torch.device) -> tuple[PerceptualMap, int]:
-    """The work of LPIPS with random weights, in the precision of `load_lpips`; and its bytes."""
-    network = VggMap().to(device)
+    """The work of LPIPS with random weights, in the precision and layout of `load_lpips`; and its bytes."""
+    network = VggMap().to(device, memory_format=torch.channels_last)
 
     def distance(image: Tensor, target: Tensor) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu"):
             return network(image, target).float()
 
-    return distance, sum(p.nbytes for p in network.parameters())
+    return image_by_image(distance), sum(p.nbytes for p in network.parameters())
 
 
 def frozen_bytes(*networks: nn.Module) -> int:

@@ -31,6 +31,7 @@ from asymflow_ft.data.prepare import Batch
 from asymflow_ft.recipe import Recipe
 from asymflow_ft.training import trainable
 from asymflow_ft.training.objective import pixel_noise, training_terms
+from asymflow_ft.training.perceptual import image_by_image
 
 # VGG-16's published channels; LPIPS compares what enters each pooling, and what leaves the last convolution.
 VGG_CHANNELS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
@@ -230,7 +231,7 @@ def rehearse_step(
             peaks.append(meter.take_peak())
             image.register_hook(lambda gradient: peaks.append(meter.take_peak()))  # its backward pass is done
             with torch.autocast("cpu", torch.bfloat16):
-                return vgg(image, target).float()
+                return image_by_image(vgg)(image, target).float()
 
         with Meter(held) as meter:
             embeds = torch.empty(count, recipe.text.max_length, family.text_dim(base), dtype=dtype)
