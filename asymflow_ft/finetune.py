@@ -43,8 +43,8 @@ from asymflow_ft.training.checkpoint import load_checkpoint, newest_whole, resto
 from asymflow_ft.training.distributed import gather, gather_optimizer, limit_norm, load_optimizer, whole
 from asymflow_ft.training.ema import PowerEma
 from asymflow_ft.training.encode import free_memory
-from asymflow_ft.training.feed import loader, next_batch
-from asymflow_ft.training.objective import summarise, training_terms
+from asymflow_ft.training.feed import loader, micro_batches
+from asymflow_ft.training.objective import pixel_noise, summarise, training_terms
 from asymflow_ft.training.optimizer import make_optimizer, set_rates
 from asymflow_ft.training.perceptual import load_perceptual
 from asymflow_ft.training.plan import dry_run, out_of_memory
@@ -235,7 +235,8 @@ def finetune(recipe: Recipe) -> None:
         del saved, averages, optimizer_state  # another copy of all that is trained, in every process
         say(f"continuing from {checkpoint.name}")
     log = Log(out, step, accelerator)
-    batches = iter(loader(recipe, data.train, step, accelerator))
+    draw_noise = partial(pixel_noise, patch=patch, seed=recipe.seed)
+    batches = micro_batches(loader(recipe, data.train, step, accelerator), draw_noise)
 
     # Train.
     stop = StopSignal()
@@ -248,11 +249,11 @@ def finetune(recipe: Recipe) -> None:
         limit_norm(optimizer, limit)
         rows, names = [], []
         for micro in range(train.accumulation):
-            batch = next_batch(batches)
+            batch, noise = next(batches)
             with accelerator.accumulate(prepared):
                 # LoRA dropout; all else is drawn from the samples' serial numbers
                 torch.manual_seed(hash((recipe.seed, step, micro, accelerator.process_index)) % 2**63)
-                terms = training_terms(recipe, model, reference, codec, perceptual, batch, shift, device)
+                terms = training_terms(recipe, model, reference, codec, perceptual, batch, noise, shift, device)
                 accelerator.backward(terms.loss())
             rows.append(terms.rows())
             names += batch.names

@@ -28,7 +28,7 @@ from asymflow_ft.training import plan, rehearsal, stages, trainable
 from asymflow_ft.training.encode import Encoder
 from asymflow_ft.training.feed import loader
 from asymflow_ft.training.memory import build_networks
-from asymflow_ft.training.objective import training_terms
+from asymflow_ft.training.objective import pixel_noise, training_terms
 from tests.conftest import REPOSITORY
 
 RECIPE = "recipes/tiny/finetune.yaml"
@@ -278,7 +278,8 @@ def test_the_loss_depends_on_which_condition_image_belongs_to_which_target(pairs
 
     def loss(batch):
         with torch.no_grad():
-            terms = training_terms(recipe, model, reference, codec, None, batch, 3.0, torch.device("cpu"))
+            noise = pixel_noise(batch, 16, recipe.seed)
+            terms = training_terms(recipe, model, reference, codec, None, batch, noise, 3.0, torch.device("cpu"))
         return terms.mse
 
     own = loss(batch)

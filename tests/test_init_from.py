@@ -22,7 +22,7 @@ from asymflow_ft.hub.write import export
 from asymflow_ft.method.patches import to_tokens
 from asymflow_ft.recipe import load_recipe
 from asymflow_ft.training.checkpoint import list_checkpoints
-from asymflow_ft.training.objective import draw_noise, training_terms
+from asymflow_ft.training.objective import draw_noise, pixel_noise, training_terms
 from asymflow_ft.training.student import open_start, start_key
 from tests.conftest import REPOSITORY
 from tests.converted import as_converted, converted_lora
@@ -384,7 +384,8 @@ def test_plain_flow_matching_is_the_error_of_the_clean_estimate(tiny_base):
     generator, codec = torch.Generator().manual_seed(1), PixelCodec()
     rgb, embeds = torch.rand(2, 3, 64, 64, generator=generator) * 2 - 1, torch.randn(2, 8, 192, generator=generator)
     batch = Batch(rgb, torch.empty(2, 0, 0), embeds, [3, 4], ["a", "b"])
-    terms = training_terms(recipe, network, None, codec, None, batch, 3.0, torch.device("cpu"))
+    noise = pixel_noise(batch, 16, recipe.seed)
+    terms = training_terms(recipe, network, None, codec, None, batch, noise, 3.0, torch.device("cpu"))
     x0 = to_tokens(codec.encode(rgb), 16)
     _, eps = draw_noise([3, 4], *x0.shape[1:], recipe.seed)
     sigma = terms.sigma[:, None, None]
@@ -392,7 +393,6 @@ def test_plain_flow_matching_is_the_error_of_the_clean_estimate(tiny_base):
     error = (estimate - x0).square().mean((1, 2)) / terms.sigma.clamp(min=0.05) ** 2
     torch.testing.assert_close(terms.mse, recipe.loss.mse * error)
     assert not terms.coefficient.any() and not terms.perceptual.any()
-    again = training_terms(
-        recipe, network, None, codec, None, replace(batch, z0=torch.ones(2, 16, 128)), 3.0, torch.device("cpu")
-    )
+    batch = replace(batch, z0=torch.ones(2, 16, 128))
+    again = training_terms(recipe, network, None, codec, None, batch, noise, 3.0, torch.device("cpu"))
     assert torch.equal(again.loss(), terms.loss())

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from asymflow_ft.recipe import load_recipe
-from asymflow_ft.training.perceptual import load_lpips, load_perceptual
+from asymflow_ft.training.perceptual import image_by_image, load_lpips, load_perceptual
+from asymflow_ft.training.rehearsal import Meter, VggMap
 from tests.conftest import REPOSITORY
 
 SCRIPT = """
@@ -22,12 +23,17 @@ library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 from asymflow_ft.training.perceptual import load_lpips
 
+torch.manual_seed(0)
 distance = load_lpips("cpu", random_vgg=True)
 image = torch.rand(2, 3, 64, 64, requires_grad=True)
 other = torch.rand(2, 3, 64, 64)
 value = distance(2 * image - 1, 2 * other - 1)
 assert value.shape == (2, 1, 64, 64) and torch.isfinite(value).all() and value.mean() > 0, value
 assert distance(other, other).abs().max() == 0
+import lpips
+torch.manual_seed(0)
+network = lpips.LPIPS(net="vgg", spatial=True, pnet_rand=True, verbose=False).eval()  # channels come first here
+torch.testing.assert_close(value, network(2 * image - 1, 2 * other - 1), rtol=1e-4, atol=1e-6)
 value.mean().backward()
 assert image.grad.abs().sum() > 0
 print("lpips ran")
@@ -38,6 +44,23 @@ def test_missing_package_names_the_install_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "lpips", None)
     with pytest.raises(ValueError, match=r"pip install 'asymflow-ft\[lpips\]'.*loss.perceptual=none"):
         load_lpips("cpu")
+
+
+def test_image_by_image_a_batch_takes_the_memory_of_one():
+    network, weight = VggMap(), torch.rand(3, 1, 32, 32)
+    target = torch.rand(3, 3, 32, 32)
+
+    def measured(distance, count):
+        image = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))[:count].requires_grad_()
+        with Meter(network.parameters()) as meter:
+            between = distance(image, target[:count])
+            (between * weight[:count]).sum().backward()
+        return between, image.grad, meter.peak
+
+    one, other = measured(network, 3), measured(image_by_image(network), 3)
+    torch.testing.assert_close(other[:2], one[:2], rtol=1e-4, atol=1e-6)
+    alone = measured(image_by_image(network), 1)
+    assert alone[2] == measured(network, 1)[2] and other[2] < 1.1 * alone[2] < 0.5 * one[2]
 
 
 @pytest.mark.slow

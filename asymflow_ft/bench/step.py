@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,11 +31,11 @@ from asymflow_ft.recipe import Recipe
 from asymflow_ft.training import trainable
 from asymflow_ft.training.distributed import limit_norm, whole
 from asymflow_ft.training.ema import PowerEma
-from asymflow_ft.training.feed import loader, next_batch
+from asymflow_ft.training.feed import Noise, loader, micro_batches
 from asymflow_ft.training.memory import MemoryPlan, plan_memory
-from asymflow_ft.training.objective import summarise, training_terms
+from asymflow_ft.training.objective import pixel_noise, summarise, training_terms
 from asymflow_ft.training.optimizer import make_optimizer, set_rates
-from asymflow_ft.training.perceptual import PerceptualMap
+from asymflow_ft.training.perceptual import PerceptualMap, image_by_image
 from asymflow_ft.training.recompute import checkpointed
 from asymflow_ft.training.rehearsal import Meter, VggMap
 from asymflow_ft.training.run import check_setup
@@ -61,7 +62,7 @@ class Run:
     perceptual: PerceptualMap | None
     optimizer: torch.optim.Optimizer
     ema: PowerEma
-    batches: Iterator[Batch | ValueError]
+    batches: Iterator[tuple[Batch, Noise]]
     watch: Stopwatch
     frozen: int
     perceptual_bytes: int
@@ -108,14 +109,14 @@ def watched_perceptual(distance: PerceptualMap, watch: Stopwatch) -> PerceptualM
 
 
 def vgg_map(device: torch.device) -> tuple[PerceptualMap, int]:
-    """The work of LPIPS with random weights, in the precision of `load_lpips`; and its bytes."""
-    network = VggMap().to(device)
+    """The work of LPIPS with random weights, in the precision and layout of `load_lpips`; and its bytes."""
+    network = VggMap().to(device, memory_format=torch.channels_last)
 
     def distance(image: Tensor, target: Tensor) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu"):
             return network(image, target).float()
 
-    return distance, sum(p.nbytes for p in network.parameters())
+    return image_by_image(distance), sum(p.nbytes for p in network.parameters())
 
 
 def frozen_bytes(*networks: nn.Module) -> int:
@@ -170,19 +171,20 @@ def build_run(architecture: Architecture, recipe: Recipe, accelerator: Accelerat
     if recipe.loss.perceptual == "lpips":
         distance, perceptual_bytes = vgg_map(device)
         perceptual = watched_perceptual(distance, watch)
-    batches = iter(loader(recipe, make_data(recipe, architecture, accelerator), 0, accelerator))
+    draw_noise = partial(pixel_noise, patch=family.GEOMETRY[1], seed=recipe.seed)
+    batches = micro_batches(loader(recipe, make_data(recipe, architecture, accelerator), 0, accelerator), draw_noise)
     return Run(
         recipe, accelerator, network, model, reference, PixelCodec(), perceptual, optimizer, ema, batches, watch,
         frozen_bytes(*frozen), perceptual_bytes,
     )  # fmt: skip
 
 
-def losses(run: Run, batch: Batch) -> Tensor:
+def losses(run: Run, batch: Batch, noise: Noise) -> Tensor:
     """Forward and backward of a micro-batch; its row for the log."""
     watch, perceptual = run.watch, run.perceptual
     with watch.part(ARITHMETIC):
         terms = training_terms(
-            run.recipe, run.model, run.reference, run.codec, perceptual, batch, 17.0, run.accelerator.device
+            run.recipe, run.model, run.reference, run.codec, perceptual, batch, noise, 17.0, run.accelerator.device
         )
         loss = terms.loss()
         if perceptual is not None:
@@ -198,9 +200,9 @@ def train_step(run: Run, step: int) -> None:
         set_rates(run.optimizer, step, train)
         limit_norm(run.optimizer, train.clip_norm)
     with watch.part("data wait"):
-        batch = next_batch(run.batches)
+        batch, noise = next(run.batches)
     with run.accelerator.accumulate(run.model.transformer):
-        row = losses(run, batch)
+        row = losses(run, batch, noise)
     with watch.part("optimizer"):
         norm = float(whole(run.accelerator.clip_grad_norm_(run.ema.parameters.values(), train.clip_norm)))
         run.optimizer.step()
@@ -249,13 +251,13 @@ def measured_memory(run: Run, peak_bytes: int | None) -> dict[str, int | None]:
         return {**held, "activations": peak_bytes - sum(held.values())}
     if run.recipe.train.compile:  # what compiled code allocates is not seen
         return {**held, "activations": None}
-    batch = next_batch(run.batches)
+    batch, noise = next(run.batches)
     gradients = [torch.zeros_like(parameter) for parameter in parameters]
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient
     known = [*run.network.parameters(), *run.network.buffers(), *run.model.subspace.buffers(), *gradients]
     with Meter([*known, batch.rgb, batch.z0, batch.embeds]) as meter:
-        losses(run, batch)
+        losses(run, batch, noise)
     run.optimizer.zero_grad()
     return {**held, "activations": meter.peak}
 

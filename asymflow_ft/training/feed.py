@@ -2,15 +2,18 @@
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from accelerate import Accelerator
+from torch import Tensor
 from torch.utils.data import DataLoader
 
+from asymflow_ft.data.ahead import ahead
 from asymflow_ft.data.buckets import BucketBatches
 from asymflow_ft.data.prepare import Batch, PreparedData, collate
 from asymflow_ft.recipe import Recipe
 
+Noise = tuple[Tensor, Tensor]  # of a micro-batch, as `objective.draw_noise` gives it
 WORKERS = 4  # at most, when the recipe leaves the number open
 
 
@@ -34,18 +37,25 @@ def leave_signals_to_the_run(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def next_batch(batches: Iterator[Batch | ValueError]) -> Batch:
-    """The next micro-batch.
+def micro_batches(
+    loaded: Iterable[Batch | ValueError], draw: Callable[[Batch], Noise]
+) -> Iterator[tuple[Batch, Noise]]:
+    """Micro-batches with their noise, which a thread draws up to two ahead while the device works.
 
     Raises:
-        ValueError: an image cannot be read or has changed, or a data worker died.
+        ValueError: where the micro-batch would be: an image cannot be read or has changed, or a data worker died.
     """
+
+    def with_noise(item: Batch | ValueError) -> tuple[Batch, Noise]:
+        if isinstance(item, ValueError):
+            raise item
+        return item, draw(item)
+
+    return ahead(with_noise, _with_failure(loaded), threads=1)
+
+
+def _with_failure(loaded: Iterable[Batch | ValueError]) -> Iterator[Batch | ValueError]:
     try:
-        batch = next(batches)
+        yield from loaded
     except RuntimeError as error:
-        raise ValueError(
-            f"a data worker failed: {error}. With little shared memory (Docker), use data.workers=0"
-        ) from error
-    if isinstance(batch, ValueError):
-        raise batch
-    return batch
+        yield ValueError(f"a data worker failed: {error}. With little shared memory (Docker), use data.workers=0")

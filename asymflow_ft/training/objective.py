@@ -44,12 +44,17 @@ def draw_noise(serials: list[int], tokens: int, dim: int, seed: int) -> tuple[Te
     Returns:
         level (B, 1, 1), from which the noise level is made, and eps (B, tokens, dim); float32 on the CPU.
     """
-    levels, noises = [], []
-    for serial in serials:
+    level, eps = torch.empty(len(serials), 1, 1), torch.empty(len(serials), tokens, dim)
+    for i, serial in enumerate(serials):
         generator = torch.Generator().manual_seed((seed * 1_000_003 + serial) % 2**63)
-        levels.append(torch.randn(1, 1, generator=generator))
-        noises.append(torch.randn(tokens, dim, generator=generator))
-    return torch.stack(levels), torch.stack(noises)
+        level[i].normal_(generator=generator)
+        eps[i].normal_(generator=generator)
+    return level, eps
+
+
+def pixel_noise(batch: Batch, patch: int, seed: int) -> tuple[Tensor, Tensor]:
+    """`draw_noise` of a micro-batch in pixel tokens."""
+    return draw_noise(batch.serials, batch.rgb[0, 0].numel() // patch**2, 3 * patch**2, seed)
 
 
 def condition_of(batch: Batch, codec: PixelCodec, guidance: float | None, device: torch.device) -> Cond:
@@ -60,19 +65,17 @@ def condition_of(batch: Batch, codec: PixelCodec, guidance: float | None, device
 
 def training_terms(
     recipe: Recipe, model: PixelModel, reference: Reference | None, codec: PixelCodec,
-    perceptual: PerceptualMap | None, batch: Batch, shift: float, device: torch.device,
+    perceptual: PerceptualMap | None, batch: Batch, noise: tuple[Tensor, Tensor], shift: float, device: torch.device,
 ) -> Terms:  # fmt: skip
     """The terms of the loss on one micro-batch.
 
     Args:
-        reference: None for plain flow matching, which has no perceptual term.
+        reference: None for plain flow matching, which has no perceptual term. noise: the batch's `pixel_noise`.
         shift: timestep shift of the noise levels.
     """
     patch = model.subspace.config["patch"]
     grid = (batch.rgb.shape[-2] // patch, batch.rgb.shape[-1] // patch)
-    # first, because a GPU still computes while the CPU draws, and each copy to it waits until it is done
-    drawn = draw_noise(batch.serials, grid[0] * grid[1], 3 * patch**2, recipe.seed)
-    level, eps = (tensor.to(device) for tensor in drawn)
+    level, eps = (tensor.to(device) for tensor in noise)
     rgb, z0, cond = batch.rgb.to(device), batch.z0.to(device), condition_of(batch, codec, model.guidance, device)
     x0 = to_tokens(codec.encode(rgb), patch)
     sigma = logit_normal_sigmas(level, shift, recipe.noise.mean, recipe.noise.std)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from asymflow_ft.components.plugin import load_function
 
@@ -33,6 +34,19 @@ def load_perceptual(name: str, device: torch.device | str) -> PerceptualMap | No
     return distance
 
 
+def image_by_image(distance: PerceptualMap) -> PerceptualMap:
+    """The same map for a batch in the memory of one image: what `distance` keeps is made again in the backward
+    pass."""
+
+    def one_by_one(image: Tensor, target: Tensor) -> Tensor:
+        if len(image) == 1:  # nothing to save
+            return distance(image, target)
+        pairs = zip(image.split(1), target.split(1), strict=True)
+        return torch.cat([checkpoint(distance, *pair, use_reentrant=False) for pair in pairs])
+
+    return one_by_one
+
+
 def load_lpips(device: torch.device | str, random_vgg: bool = False) -> PerceptualMap:
     """A function of two RGB batches (B, 3, H, W) in [-1, 1] to their LPIPS distance map (B, 1, H, W).
 
@@ -53,11 +67,11 @@ def load_lpips(device: torch.device | str, random_vgg: bool = False) -> Perceptu
             "or set loss.perceptual=none"
         ) from error
     network = lpips.LPIPS(net="vgg", spatial=True, pnet_rand=random_vgg, verbose=False)
-    network = network.requires_grad_(False).eval().to(device)
+    network = network.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
     device_type = torch.device(device).type
 
     def distance(image: Tensor, target: Tensor) -> Tensor:
         with torch.autocast(device_type, torch.bfloat16, enabled=device_type != "cpu"):
             return network(image, target).float()
 
-    return distance
+    return image_by_image(distance)

@@ -30,7 +30,8 @@ from asymflow_ft.components.subspace import Cond, PixelModel, PixelSubspace
 from asymflow_ft.data.prepare import Batch
 from asymflow_ft.recipe import Recipe
 from asymflow_ft.training import trainable
-from asymflow_ft.training.objective import training_terms
+from asymflow_ft.training.objective import pixel_noise, training_terms
+from asymflow_ft.training.perceptual import image_by_image
 from asymflow_ft.training.recompute import checkpointed
 
 # VGG-16's published channels; LPIPS compares what enters each pooling, and what leaves the last convolution.
@@ -231,7 +232,7 @@ def rehearse_step(
             peaks.append(meter.take_peak())
             image.register_hook(lambda gradient: peaks.append(meter.take_peak()))  # its backward pass is done
             with torch.autocast("cpu", torch.bfloat16):
-                return vgg(image, target).float()
+                return image_by_image(vgg)(image, target).float()
 
         with Meter(held) as meter:
             embeds = torch.empty(count, recipe.text.max_length, family.text_dim(base), dtype=dtype)
@@ -241,12 +242,13 @@ def rehearse_step(
             z_references = (torch.empty(count, (beside // size) ** 2, subspace.config["rank"]),) * conditions
             rgb = torch.empty(count, 3, side, side)
             batch = Batch(rgb, z0, embeds, list(range(count)), [], references, z_references)
+            noise = pixel_noise(batch, size, recipe.seed)
             perceptual = None if vgg is None else watched_vgg
             cpu = torch.device("cpu")
             if reference is None:
                 marks.append((0, 0))
             watched = None if reference is None else watched_reference
-            terms = training_terms(recipe, model, watched, codec, perceptual, batch, 1.0, cpu)
+            terms = training_terms(recipe, model, watched, codec, perceptual, batch, noise, 1.0, cpu)
             marks.append((meter.peak, meter.flops))
             terms.loss().backward()
     (reference_peak, reference_flops), (_, forward_flops), *_ = marks

@@ -24,7 +24,7 @@ from asymflow_ft.method.noise import logit_normal_sigmas
 from asymflow_ft.recipe import load_recipe
 from asymflow_ft.training.checkpoint import write_json
 from asymflow_ft.training.ema import PowerEma
-from asymflow_ft.training.feed import loader, next_batch
+from asymflow_ft.training.feed import loader, micro_batches
 from asymflow_ft.training.objective import condition_of, draw_noise
 from asymflow_ft.training.optimizer import make_optimizer, set_rates
 from asymflow_ft.training.stages import prepare
@@ -53,13 +53,16 @@ def main() -> None:
     # here the output projection is trained already, and needs no rate of its own
     optimizer = make_optimizer(recipe, parameters, (), "")
     ema = PowerEma(parameters.items(), recipe.train.ema_gamma, recipe.train.ema_start)
-    batches = iter(loader(recipe, data.train, 0, accelerator))
+    batches = micro_batches(
+        loader(recipe, data.train, 0, accelerator),
+        lambda batch: draw_noise(batch.serials, *batch.z0.shape[1:], recipe.seed),
+    )
     losses = []
     for step in tqdm(range(recipe.train.steps), desc="train", mininterval=2):
         set_rates(optimizer, step, recipe.train)
-        batch = next_batch(batches)
+        batch, noise = next(batches)
         z0, cond = batch.z0.to(accelerator.device), condition_of(batch, None, None, accelerator.device)
-        level, eps = (draw.to(z0) for draw in draw_noise(batch.serials, *z0.shape[1:], recipe.seed))
+        level, eps = (draw.to(z0) for draw in noise)
         sigma = logit_normal_sigmas(level, shift, recipe.noise.mean, recipe.noise.std)
         grid = (batch.rgb.shape[-2] // patch, batch.rgb.shape[-1] // patch)
         u = family.predict(network, torch.lerp(z0, eps, sigma), sigma.flatten(), cond, grid)
