@@ -12,6 +12,8 @@ from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
 from huggingface_hub.hf_api import ModelInfo
 from torch.profiler import ProfilerActivity, profile
 
+from asymflow_ft.bench.step import frozen_bytes
+from asymflow_ft.components.quantize import quantize_frozen
 from asymflow_ft.families import flux2
 from asymflow_ft.families.base import transformer_on_meta, vae_on_meta
 from asymflow_ft.recipe import load_recipe, override
@@ -79,11 +81,10 @@ def test_full_training_counts_a_float32_copy_beside_the_base(tiny_base):
 
 
 def test_quantised_weights_and_moments_are_what_bitsandbytes_holds():
-    weight = torch.randn(384, 200)
-    packed, state = bitsandbytes.functional.quantize_4bit(weight, quant_type="nf4")
-    assert memory.quantised_bytes("nf4", 384, 200, 0) == packed.nbytes + state.absmax.nbytes
-    packed, scales, _ = bitsandbytes.functional.int8_vectorwise_quant(weight.half())
-    assert memory.quantised_bytes("int8", 384, 200, 0) == packed.nbytes + scales.nbytes
+    for kind in ("nf4", "int8"):
+        layer = torch.nn.Sequential(torch.nn.Linear(200, 384, bias=False))
+        quantize_frozen(layer, kind, (), "cpu")
+        assert memory.quantised_bytes(kind, 384, 200, 0) == frozen_bytes(layer)
     for kind, make in (("adamw8bit", bitsandbytes.optim.AdamW8bit), ("adamw", torch.optim.AdamW)):
         for number in (100, 4096, 5000):
             parameter = torch.nn.Parameter(torch.randn(number))

@@ -130,7 +130,8 @@ def frozen_bytes(*networks: nn.Module) -> int:
 
 def _scales(weight: Tensor) -> list[Tensor]:
     if type(weight).__name__ == "Params4bit":
-        return [weight.quant_state.absmax]  # type: ignore[attr-defined]
+        scales = weight.quant_state  # type: ignore[attr-defined]
+        return [scales.absmax, scales.state2.absmax]
     return [weight.SCB] if type(weight).__name__ == "Int8Params" else []  # type: ignore[attr-defined]
 
 

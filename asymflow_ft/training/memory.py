@@ -129,8 +129,9 @@ class MemoryPlan:
 
 def quantised_bytes(kind: str, rows: int, columns: int, size: int) -> int:
     """Bytes of a linear weight (rows, columns) of `size` bytes as bitsandbytes holds it."""
-    if kind == "nf4":  # two weights a byte, and a float32 scale for every 64
-        return math.ceil(rows * columns / 2) + 4 * math.ceil(rows * columns / 64)
+    if kind == "nf4":  # two weights a byte, a byte for every 64 as their scale, a float32 for every 256 of those
+        blocks = math.ceil(rows * columns / 64)
+        return math.ceil(rows * columns / 2) + blocks + 4 * math.ceil(blocks / 256)
     if kind == "int8":  # a byte a weight, and a float32 scale per row
         return rows * columns + 4 * rows
     return size
