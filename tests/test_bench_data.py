@@ -42,7 +42,7 @@ def test_align_against_its_floor(tmp_path, capsys):
 def test_cache_from_filling_to_waiting(tmp_path, capsys):
     found = run(
         "cache", tmp_path, "--images", "200", "--resolution", "64", "--perceptual", "none", "--rank", "2",
-        "--precision", "no", "--no-checkpointing",
+        "--precision", "no", "--checkpointing", "none",
     )  # fmt: skip
     # 16 tokens of 128 values in float16, and what a shard says about each
     assert 4096 < found["bytes_per_picture"] < 4096 + 200
