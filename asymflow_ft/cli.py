@@ -289,6 +289,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Measure with random weights, without a download: a training step, aligning, the cache, or "
         "drawing in pixels against drawing in latents. Prints a table; --out gets bench.json and chart.png. "
         "docs/performance.md says what the rows mean.",
+        argument_default=argparse.SUPPRESS,  # so that an option is seen to be given
     )  # fmt: skip
     command.add_argument("what", choices=("step", "align", "cache", "sample"))
     command.add_argument(
@@ -297,18 +298,20 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--resolution", type=int, help="pixels (default: tiny 128, 100m 256, else 1024)")
     command.add_argument("--batch", type=int, help="pictures at a time (default: 1)")
     command.add_argument("--precision", choices=("bf16", "no"), help="default: bf16 on a GPU, no on a CPU")
-    command.add_argument("--quant", choices=("full", "int8", "nf4"), default="full", help="base weights")
+    command.add_argument("--quant", choices=("full", "int8", "nf4"), help="base weights (default: full)")
     command.add_argument("--compile", action="store_true", help="torch.compile the repeated blocks")
     command.add_argument("--batch-guidance", action="store_true", help="of `sample`: as its option of this name")
     group = command.add_mutually_exclusive_group()
     group.add_argument("--rank", type=int, help="of the LoRA (default: 256)")
-    group.add_argument("--full", action="store_true", help="train all weights")
+    group.add_argument("--full", action="store_const", const=None, dest="rank", help="train all weights")
     command.add_argument(
-        "--checkpointing", choices=("all", "selective", "none"), default="all",
+        "--checkpointing", choices=("all", "selective", "none"),
         help="what the backward pass computes again (default: all)",
     )  # fmt: skip
-    command.add_argument("--no-reference", action="store_true", help="plain flow matching, without the frozen base")
-    command.add_argument("--perceptual", choices=("vgg", "none"), default="vgg", help="default: vgg")
+    command.add_argument(
+        "--no-reference", action="store_false", dest="reference", help="plain flow matching, without the frozen base"
+    )
+    command.add_argument("--perceptual", choices=("vgg", "none"), help="default: vgg")
     command.add_argument(
         "--optimizer", choices=("adamw8bit", "adamw"), help="default: adamw8bit on a GPU, adamw on a CPU"
     )
@@ -316,12 +319,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--images", type=int, help="pictures to align (default: 16), or entries of the largest cache (default: 10000)"
     )
     command.add_argument(
-        "--sweep", metavar="OPTION=A,B,C", help="training steps at several values of resolution, batch or rank, and "
-        "how time and memory grow with it",
+        "--sweep", metavar="OPTION=A,B,C", default=None,
+        help="training steps at several values of resolution, batch or rank, and how time and memory grow with it",
     )  # fmt: skip
-    command.add_argument("--repeats", type=int, default=10, help="measured repetitions (default: 10)")
-    command.add_argument("--warmup", type=int, default=3, help="training steps before those (default: 3)")
-    command.add_argument("--out", type=Path, help="folder for bench.json and chart.png")
+    command.add_argument("--repeats", type=int, help="measured repetitions (default: 10)")
+    command.add_argument("--warmup", type=int, help="training steps before those (default: 3)")
+    command.add_argument("--out", type=Path, default=None, help="folder for bench.json and chart.png")
     return parser
 
 

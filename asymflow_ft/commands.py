@@ -227,20 +227,20 @@ def run_compare_runs(args: argparse.Namespace) -> None:
 
 def run_bench(args: argparse.Namespace) -> None:
     device = process_state().device
+    given = {name: value for name, value in vars(args).items() if name in TRAINING | DRAWING | ALIGNING}
+    used = BENCH_OPTIONS[args.what]
+    if unused := sorted(given.keys() - used):
+        raise ValueError(f"bench {args.what} has no use for {', '.join(unused)}; it takes {', '.join(sorted(used))}")
     key, values = ("", []) if args.sweep is None else parse_sweep(args.sweep)
     if key and args.what != "step":
         raise ValueError(f"--sweep is of training steps (bench step); bench {args.what} cannot take it")
-    given = "full" if key == "rank" and args.full else key
-    if given == "full" or vars(args).get(key) is not None:
-        raise ValueError(f"--sweep {args.sweep} sets {key}; leave out --{given}")
-    options = Options(
-        resolution=args.resolution, batch=1 if args.batch is None else args.batch, quant=args.quant,
-        precision=args.precision or ("no" if device.type == "cpu" else "bf16"), compile=args.compile,
-        rank=None if args.full else 256 if args.rank is None else args.rank, optimizer=args.optimizer,
-        checkpointing=CHECKPOINTING[args.checkpointing], reference=not args.no_reference, images=args.images,
-        perceptual="none" if args.no_reference else args.perceptual, repeats=args.repeats, warmup=args.warmup,
-        batch_guidance=args.batch_guidance,
-    )  # fmt: skip
+    if key in given:
+        raise ValueError(f"--sweep {args.sweep} sets {key}, and another option does so too; leave that out")
+    if "checkpointing" in given:
+        given["checkpointing"] = CHECKPOINTING[given["checkpointing"]]
+    if not given.get("reference", True):
+        given.setdefault("perceptual", "none")
+    options = Options(**{"precision": "no" if device.type == "cpu" else "bf16"} | given)
     on = report.machine(device)
     try:
         architecture = find_architecture(args.arch)
@@ -264,6 +264,13 @@ def default_dtype() -> str:
 
 
 CHECKPOINTING: dict[str, Checkpointing] = {"all": True, "selective": "selective", "none": False}
+ALIGNING = {"resolution", "images", "repeats"}
+DRAWING = {"resolution", "batch", "precision", "quant", "compile", "batch_guidance", "repeats"}
+TRAINING = {
+    "resolution", "batch", "precision", "quant", "compile", "rank", "checkpointing", "reference", "perceptual",
+    "optimizer", "repeats", "warmup",
+}  # fmt: skip
+BENCH_OPTIONS = {"step": TRAINING, "align": ALIGNING, "cache": TRAINING | {"images"}, "sample": DRAWING}
 BENCHES = {"step": bench_step, "align": bench_align, "cache": bench_cache, "sample": bench_sample}
 COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "families": run_families,

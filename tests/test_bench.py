@@ -248,6 +248,8 @@ def test_the_sampling_benchmark(batch_guidance, capsys, tmp_path, monkeypatch):
         (["--warmup", "-1"], "--warmup is -1; it must be 0 or more"),
         (["--full", "--quant", "nf4"], "quantised weights cannot be"),
         (["--full"], "use a smaller --arch"),
+        (["--no-reference", "--perceptual", "vgg"], "set loss.perceptual=none"),
+        (["--batch-guidance", "--images", "3"], "bench step has no use for batch_guidance, images; it takes batch"),
     ],
 )
 def test_messages(options, message, capsys, monkeypatch):

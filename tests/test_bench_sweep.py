@@ -131,8 +131,8 @@ def test_values_ascend():
         (["step", "--sweep", "batch=2,2"], "--sweep batch=2,2: growth is measured from one value to another"),
         (["step", "--sweep", "resolution=64,100"], "--resolution 100 is not a multiple of the patch, 16"),
         (["step", "--sweep", "batch=0,1"], "--batch is 0; it must be 1 or more"),
-        (["step", "--sweep", "batch=1,2", "--batch", "1"], "--sweep batch=1,2 sets batch; leave out --batch"),
-        (["step", "--sweep", "rank=1,2", "--full"], "--sweep rank=1,2 sets rank; leave out --full"),
+        (["step", "--sweep", "batch=1,2", "--batch", "1"], "--sweep batch=1,2 sets batch, and another option"),
+        (["step", "--sweep", "rank=1,2", "--full"], "--sweep rank=1,2 sets rank, and another option"),
         (["cache", "--sweep", "batch=1,2"], "--sweep is of training steps (bench step); bench cache cannot take it"),
     ],
 )

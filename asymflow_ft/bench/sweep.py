@@ -35,7 +35,7 @@ def parse_sweep(text: str) -> tuple[str, list[int]]:
     except ValueError:
         raise ValueError(f"--sweep {text}: the values must be integers, as in {key}=1,2,4") from None
     if len(values) < 2:
-        raise ValueError(f"--sweep {text}: growth is measured from one value to another, so it must be 2 or more")
+        raise ValueError(f"--sweep {text}: growth is measured from one value to another, so give two or more")
     return key, values
 
 
