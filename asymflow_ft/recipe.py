@@ -194,9 +194,10 @@ def _coerce(kind: Any, value: Any, key: str) -> Any:
     if get_origin(kind) is Literal:
         if value is False and "no" in get_args(kind):
             value = "no"  # YAML reads a bare `no` as false
-        if value in get_args(kind):
+        if any(value == option and type(value) is type(option) for option in get_args(kind)):
             return value
-        raise ValueError(f"{key} is {value!r}; it must be one of {', '.join(map(repr, get_args(kind)))}")
+        named = [str(option).lower() if isinstance(option, bool) else repr(option) for option in get_args(kind)]
+        raise ValueError(f"{key} is {value!r}; it must be one of {', '.join(named)}")
     if get_origin(kind) is tuple:
         if isinstance(value, list | tuple):
             return tuple(_coerce(get_args(kind)[0], item, f"{key}[{i}]") for i, item in enumerate(value))

@@ -17,6 +17,7 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from torch import nn
+from torch._dynamo.utils import counters
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
@@ -343,9 +344,10 @@ def test_compiled_is_eager(tiny):
     cond = Cond(tiny.texts(), tiny.guidance())
     eager = tiny.family.predict(network, x, tau, cond, tiny.grid)
     compile_blocks(network)
+    counters.clear()
     compiled = tiny.family.predict(network, x, tau, cond, tiny.grid)
     torch.testing.assert_close(compiled, eager, rtol=0, atol=1e-5 * eager.abs().max().item())
-    assert not torch.equal(compiled, eager)  # the rounding of other kernels
+    assert counters["frames"]["ok"] > 0
 
 
 @torch.no_grad()

@@ -49,3 +49,12 @@ def test_errors_come_in_their_place():
         assert [next(batches)[0].serials for _ in range(2)] == [[0], [1]]
         with pytest.raises(ValueError, match=message):
             next(batches)
+
+
+def test_a_full_gpu_is_no_dead_worker():
+    def encoding_in_this_process():
+        yield batch_of(0)
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with pytest.raises(torch.OutOfMemoryError, match=r"^CUDA out of memory\.$"):
+        list(micro_batches(encoding_in_this_process(), lambda batch: None))

@@ -203,6 +203,12 @@ def test_room_is_used_for_the_least_recomputation(small):
         assert memory.less_recomputation(everything, flux2, *small, free) == found
     assert memory.less_recomputation(selective, flux2, *small, nothing.total) == nothing
     assert memory.less_recomputation(nothing, flux2, *small, nothing.total) is None
+    compiled = tiny_recipe(LORA, "train.compile=true", "train.gradient_checkpointing=true")
+    compiled_plan = replace(everything, recipe=compiled)
+    assert memory.less_recomputation(compiled_plan, flux2, *small, nothing.total - 1) is None
+    no_checkpoints = replace(nothing, recipe=override(compiled, ["train.gradient_checkpointing=false"]))
+    advice = [one.overrides[0] for one in memory.advise(no_checkpoints, flux2, *small, count=20)]
+    assert "train.gradient_checkpointing=true" in advice
     (line,) = plan.describe_room(everything, selective, 24.0)
     assert "24 GB have room for train.gradient_checkpointing=selective: " in line and "% less arithmetic" in line
 

@@ -65,6 +65,8 @@ def test_noise_and_embeddings_can_be_passed_in(pipeline):
     assert not torch.allclose(draw(pipeline), drawn, atol=1e-3)
     with pytest.raises(ValueError, match=r"noise of shape \(1, 3, 64, 64\)"):
         draw(pipeline, latents=noise[..., :32])
+    with pytest.raises(ValueError, match="guidance_scale 1 makes one alone"):
+        draw(pipeline, guidance_scale=1.0, batch_guidance=True)
 
 
 def test_a_batch_is_its_pictures(pipeline):

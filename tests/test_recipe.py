@@ -54,9 +54,10 @@ def test_overrides():
         ("steps", "not of the form key=value"),
         ("train.keep_every=100", r"train.keep_every is 100; checkpoints are made every 300 steps"),
         ("train.keep_every=0", "must be a multiple of that"),
+        ("train.gradient_checkpointing=1", "train.gradient_checkpointing is 1; it must be one of true, false"),
         (
             "train.gradient_checkpointing=some",
-            "train.gradient_checkpointing is 'some'; it must be one of True, False, 'selective'",
+            "train.gradient_checkpointing is 'some'; it must be one of true, false, 'selective'",
         ),
         ("train.base_weights=nf4", "all weights are trained; quantised weights cannot be"),
         ("train.ema_device=gpu", "must be one of 'same', 'cpu'"),

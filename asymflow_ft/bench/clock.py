@@ -15,8 +15,8 @@ from asymflow_ft.training.run import synchronise
 @dataclass(frozen=True)
 class Timing:
     """Seconds of one repetition: median and quartiles. peak_bytes: most that the GPU's allocator had in use, None on
-    the CPU. processor: median of the seconds that this process kept processors busy, which other programs do not
-    lengthen; None where it was not taken."""
+    the CPU. processor: median of the seconds that this process kept processors busy, which other programs lengthen
+    little; None where it was not taken."""
 
     median: float
     low: float

@@ -129,8 +129,8 @@ class PixelPipelineMixin:
 
         Raises:
             ValueError: sizes that the patch does not divide, both or neither of prompt and prompt_embeds, noise or
-                embeddings of another shape, a condition image that cannot be used, or `batch_guidance` where the
-                network attends to every row and the two embeddings have different lengths.
+                embeddings of another shape, a condition image that cannot be used, or `batch_guidance` without
+                guidance or where the network attends to every row and the two embeddings have different lengths.
         """
         patch = self.subspace.config["patch"]
         images = [] if image is None else image if isinstance(image, list) else [image]
@@ -157,6 +157,11 @@ class PixelPipelineMixin:
         if guidance_scale is None:
             guidance_scale = CFG_SCALE if self.distilled_guidance is None else 1.0
         guided = guidance_scale > 1
+        if batch_guidance and not guided:
+            raise ValueError(
+                f"batch_guidance is of predictions with and without the prompt, and guidance_scale {guidance_scale:g} "
+                "makes one alone; leave it out, or guide with more than 1"
+            )
 
         def encode(texts: list[str] | None, embeds: Tensor | None) -> Tensor:
             embeds = self.embed(texts, length) if embeds is None else embeds.to(device)

@@ -4,6 +4,7 @@ import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -57,5 +58,7 @@ def micro_batches(
 def _with_failure(loaded: Iterable[Batch | ValueError]) -> Iterator[Batch | ValueError]:
     try:
         yield from loaded
+    except torch.OutOfMemoryError:  # of models that encode in this process
+        raise
     except RuntimeError as error:
         yield ValueError(f"a data worker failed: {error}. With little shared memory (Docker), use data.workers=0")

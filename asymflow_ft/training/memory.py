@@ -205,14 +205,22 @@ def plan_memory(
     return MemoryPlan(recipe, text_encoder, tensors, step, drawing, encoding, decoding, conditions)
 
 
+def checkpointing_levels(recipe: Recipe, less: bool) -> list[str]:
+    """Values of train.gradient_checkpointing that take less memory than the recipe's, or more; ascending in what they
+    compute again. Those that the recipe allows: compiled blocks cannot be chosen from."""
+    levels = ["false", "selective", "true"]
+    own = levels.index(str(recipe.train.gradient_checkpointing).lower())
+    found = levels[own + 1 :] if less else levels[:own]
+    return [level for level in found if not (recipe.train.compile and level == "selective")]
+
+
 def less_recomputation(
     plan: MemoryPlan, family: ModuleType, base: ModelMixin, vae: ModelMixin, free_bytes: int
 ) -> MemoryPlan | None:
     """The plan that recomputes least of those that fit; None where that is the plan itself or none fits."""
-    for kind in {True: ("false", "selective"), "selective": ("false",), False: ()}[
-        plan.recipe.train.gradient_checkpointing
-    ]:
-        recipe = override(plan.recipe, (f"train.gradient_checkpointing={kind}",))
+    keys = [f"train.gradient_checkpointing={kind}" for kind in checkpointing_levels(plan.recipe, less=False)]
+    for key in tqdm(keys, desc="looking for room", leave=False):
+        recipe = override(plan.recipe, (key,))
         changed = plan_memory(recipe, family, base, vae, plan.text_encoder, plan.conditions)
         if changed.total <= free_bytes:
             return changed
@@ -233,8 +241,7 @@ class Advice:
 def options(recipe: Recipe) -> list[tuple[str, ...]]:
     """Overrides that could lower the recipe's memory."""
     train, lora, found = recipe.train, recipe.lora, []
-    less = {False: ("selective", "true"), "selective": ("true",), True: ()}[train.gradient_checkpointing]
-    found += [(f"train.gradient_checkpointing={kind}",) for kind in less]
+    found += [(f"train.gradient_checkpointing={kind}",) for kind in checkpointing_levels(recipe, less=True)]
     if lora is None:
         found.append(("lora={rank: 256}",))
     else:

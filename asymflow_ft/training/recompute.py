@@ -18,6 +18,7 @@ _ATTENTION = {
     _aten._scaled_dot_product_cudnn_attention.default,
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    _aten._scaled_dot_product_fused_attention_overrideable.default,
 }
 
 
@@ -38,7 +39,8 @@ def product_shape(operator: Any, arguments: Any) -> tuple[int, int]:
 
 def keep_dear(context: Any, operator: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:
     """The policy of "selective": keep what takes most arithmetic for each byte that it costs. In bf16 that is
-    attention (2 N operations a byte, for N tokens) and products that make tokens narrower (one for each input)."""
+    attention (2 N operations a byte, for N tokens) and products that make tokens narrower (one for each input). Of
+    attention torch's own fused kernels are known, not those of other packages."""
     inputs, outputs = product_shape(operator, arguments)
     dear = operator in _ATTENTION or inputs > outputs
     return CheckpointPolicy.MUST_SAVE if dear else CheckpointPolicy.PREFER_RECOMPUTE
