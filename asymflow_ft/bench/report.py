@@ -185,7 +185,7 @@ def step_chart(result: Mapping[str, Any]) -> Figure:
     parts = list(result["parts"])
     left.barh(parts[::-1], [1000 * result["parts"][part]["median"] for part in parts[::-1]])
     left.axvline(1000 * result["floor"]["seconds"], color="black", linestyle=":", label="floor of the whole step")
-    left.set_xlabel(f"ms of {1000 * result['step']['median']:.4g} ms")
+    left.set_xlabel(f"ms of {1000 * result['step']['median']:,.1f} ms")
     left.legend(loc="lower right")
     items = list(result["memory"])
     for shift, kind in ((0.2, "planned"), (-0.2, "measured")):
