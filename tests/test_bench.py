@@ -10,6 +10,7 @@ import psutil
 import pytest
 import torch
 from accelerate import Accelerator
+from torch import nn
 
 from asymflow_ft import cli, commands
 from asymflow_ft.bench import clock
@@ -17,6 +18,7 @@ from asymflow_ft.bench import step as bench
 from asymflow_ft.bench.architectures import NAMED, find_architecture, random_transformer, transformer_on_meta
 from asymflow_ft.bench.clock import Stopwatch, Timing, interleaved, ratio, summary
 from asymflow_ft.bench.workload import Options, make_recipe
+from asymflow_ft.components.quantize import quantize_frozen
 from asymflow_ft.families import flux2
 from asymflow_ft.training.rehearsal import Meter
 from tests.conftest import REPOSITORY
@@ -61,6 +63,17 @@ def test_random_weights_keep_activations_near_unit_size():
     cond = flux2.Cond(text)
     out = flux2.predict(network, tokens, torch.tensor([0.5]), cond, (4, 4))
     assert 0.1 < out.std() < 10
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_repeated_weights_are_made_once_and_quantised_apart(kind):
+    network = random_transformer(NAMED["tiny"], torch.float32, CPU, repeated=True)
+    apart = random_transformer(NAMED["tiny"], torch.float32, CPU)
+    linears = [module.weight for module in network.modules() if isinstance(module, nn.Linear)]
+    assert len({weight.data_ptr() for weight in linears}) == len({weight.shape for weight in linears}) < len(linears)
+    for one in (network, apart):
+        quantize_frozen(one, kind, flux2.TRAINED_ENDS, CPU)
+    assert bench.frozen_bytes(network) == bench.frozen_bytes(apart)
 
 
 def block_operations(image, text, width, mlp):
@@ -194,8 +207,9 @@ def test_every_delay_is_found_in_its_part(part, run, hands, monkeypatch):
     assert {name: seconds for name, seconds in parts.items() if seconds} == {part: spent}
 
 
-def test_parts_are_the_whole_and_memory_is_the_plan(capsys, tmp_path):
-    options = ["--resolution", "64", "--rank", "8", "--perceptual", "none", "--repeats", "2"]
+@pytest.mark.parametrize("perceptual", ["vgg", "none"])
+def test_parts_are_the_whole_and_memory_is_the_plan(perceptual, capsys, tmp_path):
+    options = ["--resolution", "64", "--rank", "8", "--perceptual", perceptual, "--repeats", "2"]
     assert cli.main(["bench", "step", *options, "--out", str(tmp_path)]) == 0
     result = json.loads((tmp_path / "bench.json").read_text())
     assert list(result["parts"]) == list(bench.PARTS) and (tmp_path / "chart.png").stat().st_size > 1000

@@ -13,7 +13,7 @@ import diffusers
 import torch
 from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin, ModularPipeline
-from torch import Tensor
+from torch import Tensor, nn
 
 from asymflow_ft.components.subspace import PixelSubspace
 from asymflow_ft.families import family_of_transformer, flux2, flux3
@@ -123,23 +123,39 @@ def vae_on_meta(architecture: Architecture) -> ModelMixin:
 
 
 @torch.no_grad()
-def randomise(module: ModelMixin, dtype: torch.dtype, device: torch.device | str, seed: int = 0) -> ModelMixin:
+def randomise(
+    module: ModelMixin, dtype: torch.dtype, device: torch.device | str, seed: int = 0, repeated: bool = False
+) -> ModelMixin:
     """Give a module on the meta device weights that keep activations near unit size, in place: N(0, 1 / inputs) for
-    matrices, 1 for the weights of norms, 0 for biases."""
+    matrices, 1 for the weights of norms, 0 for biases.
+
+    Args:
+        repeated: linear layers of one shape share one weight. For a network that is about to be quantised, layer by
+            layer: it is made at once, and never takes the memory that it would in full precision.
+    """
     generator = torch.Generator(device).manual_seed(seed)
+    weights: dict[torch.Size, Tensor] = {}
+
+    def draw(shape: torch.Size) -> Tensor:
+        deviation = shape[1:].numel() ** -0.5
+        return torch.empty(shape, dtype=dtype, device=device).normal_(0, deviation, generator=generator)
+
     for owner in module.modules():
         for name, old in owner.named_parameters(recurse=False):
-            new = torch.empty(old.shape, dtype=dtype, device=device)
-            if old.ndim > 1:
-                new.normal_(0, old[0].numel() ** -0.5, generator=generator)
+            if old.ndim < 2:
+                new = torch.full(old.shape, float(name == "weight"), dtype=dtype, device=device)
+            elif repeated and isinstance(owner, nn.Linear):
+                new = weights[old.shape] = weights[old.shape] if old.shape in weights else draw(old.shape)
             else:
-                new.fill_(float(name == "weight"))
-            setattr(owner, name, torch.nn.Parameter(new, requires_grad=False))
+                new = draw(old.shape)
+            setattr(owner, name, nn.Parameter(new, requires_grad=False))
     return module.to(device).eval()
 
 
-def random_transformer(architecture: Architecture, dtype: torch.dtype, device: torch.device | str) -> ModelMixin:
-    return randomise(transformer_on_meta(architecture), dtype, device)
+def random_transformer(
+    architecture: Architecture, dtype: torch.dtype, device: torch.device | str, repeated: bool = False
+) -> ModelMixin:
+    return randomise(transformer_on_meta(architecture), dtype, device, repeated=repeated)
 
 
 def random_vae(architecture: Architecture, dtype: torch.dtype, device: torch.device | str) -> ModelMixin:

@@ -155,10 +155,12 @@ def bench_sample(architecture: Architecture, options: Options, device: torch.dev
     """
     family, side = architecture.family, resolution_of(architecture, options)
     dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
-    base, vae = random_transformer(architecture, dtype, device), random_vae(architecture, dtype, device)
+    quantised = options.quant != "full"
+    base = random_transformer(architecture, dtype, "cpu" if quantised else device, quantised)
+    vae = random_vae(architecture, dtype, device)
     rank, patch = family.GEOMETRY
     grid, count, repeats = (side // patch, side // patch), options.batch, options.repeats
-    if options.quant != "full":
+    if quantised:
         quantize_frozen(base, options.quant, family.TRAINED_ENDS, device)
     stock = stock_pipeline(architecture, base, vae)
     pixels = pixel_pipeline(architecture, stock, family.lift(base, random_subspace(architecture))).to(device)

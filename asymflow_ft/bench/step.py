@@ -35,7 +35,7 @@ from asymflow_ft.training.feed import Noise, loader, micro_batches
 from asymflow_ft.training.memory import MemoryPlan, plan_memory
 from asymflow_ft.training.objective import pixel_noise, summarise, training_terms
 from asymflow_ft.training.optimizer import make_optimizer, set_rates
-from asymflow_ft.training.perceptual import PerceptualMap, image_by_image
+from asymflow_ft.training.perceptual import PerceptualMap, image_by_image, lpips_autocast
 from asymflow_ft.training.recompute import checkpointed
 from asymflow_ft.training.rehearsal import Meter, VggMap
 from asymflow_ft.training.run import check_setup
@@ -113,7 +113,7 @@ def vgg_map(device: torch.device) -> tuple[PerceptualMap, int]:
     network = VggMap().to(device, memory_format=torch.channels_last)
 
     def distance(image: Tensor, target: Tensor) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu"):
+        with lpips_autocast(device.type):
             return network(image, target).float()
 
     return image_by_image(distance), sum(p.nbytes for p in network.parameters())
@@ -140,8 +140,8 @@ def build_run(architecture: Architecture, recipe: Recipe, accelerator: Accelerat
     family, device, train = architecture.family, accelerator.device, recipe.train
     dtype = base_dtype(recipe)
     subspace: PixelSubspace = random_subspace(architecture).to(device)
-    place = "cpu" if train.base_weights != "full" else device  # where quantisation takes it from, a layer at a time
-    base: ModelMixin | None = random_transformer(architecture, dtype, place)
+    quantised = train.base_weights != "full"  # on its way to the device, a layer at a time
+    base: ModelMixin | None = random_transformer(architecture, dtype, "cpu" if quantised else device, quantised)
 
     def hand_over() -> ModelMixin:
         nonlocal base
@@ -279,7 +279,8 @@ def bench_step(architecture: Architecture, options: Options, device: torch.devic
         recipe = make_recipe(architecture, options, Path(folder), device)
         check_setup(recipe, accelerator)
         family = architecture.family
-        plan = plan_memory(recipe, family, transformer_on_meta(architecture), vae_on_meta(architecture), 0)
+        latent, vae = transformer_on_meta(architecture), vae_on_meta(architecture)
+        plan = plan_memory(recipe, family, latent, vae, 0, device_type=device.type)
         check_memory(plan, device)
         torch.manual_seed(0)
         run = build_run(architecture, recipe, accelerator, Stopwatch(device))
@@ -297,7 +298,7 @@ def bench_step(architecture: Architecture, options: Options, device: torch.devic
     return {
         "what": "step", "architecture": architecture.name, "options": asdict(options), "recipe": asdict(recipe.train),
         "resolution": recipe.data.resolution, "tokens": tokens,
-        "parameters": sum(p.numel() for p in transformer_on_meta(architecture).parameters()),
+        "parameters": sum(p.numel() for p in latent.parameters()),
         "trained": sum(p.numel() for p in run.ema.parameters.values()),
         "step": asdict(step), "samples_per_second": options.batch / step.median,
         "parts": {part: asdict(timing) for part, timing in parts.items()},

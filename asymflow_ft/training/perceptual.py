@@ -47,10 +47,15 @@ def image_by_image(distance: PerceptualMap) -> PerceptualMap:
     return one_by_one
 
 
+def lpips_autocast(device_type: str) -> torch.autocast:
+    """The precision of LPIPS: bf16 on an accelerator, float32 on the CPU."""
+    return torch.autocast(device_type, torch.bfloat16, enabled=device_type != "cpu")
+
+
 def load_lpips(device: torch.device | str, random_vgg: bool = False) -> PerceptualMap:
     """A function of two RGB batches (B, 3, H, W) in [-1, 1] to their LPIPS distance map (B, 1, H, W).
 
-    It runs in bf16 on an accelerator and in float32 on the CPU. Gradients flow to both images, not to the network.
+    Its precision is `lpips_autocast`'s. Gradients flow to both images, not to the network.
 
     Args:
         random_vgg: do not download VGG's weights; the result is no perceptual distance, only code that runs.
@@ -71,7 +76,7 @@ def load_lpips(device: torch.device | str, random_vgg: bool = False) -> Perceptu
     device_type = torch.device(device).type
 
     def distance(image: Tensor, target: Tensor) -> Tensor:
-        with torch.autocast(device_type, torch.bfloat16, enabled=device_type != "cpu"):
+        with lpips_autocast(device_type):
             return network(image, target).float()
 
     return image_by_image(distance)
