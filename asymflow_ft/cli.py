@@ -286,12 +286,12 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser(
         "bench", help="measure speed and memory",
-        description="Measure with random weights, without a download: a training step, aligning, the cache, or "
-        "drawing in pixels against drawing in latents. Prints a table; --out gets bench.json and chart.png. "
-        "docs/performance.md says what the rows mean.",
+        description="Measure with random weights, without a download: a training step, aligning, the cache, "
+        "drawing in pixels against drawing in latents, or what these reach of the toolkit's own targets. Prints a "
+        "table; --out gets bench.json and chart.png. docs/performance.md says what the rows mean.",
         argument_default=argparse.SUPPRESS,  # so that an option is seen to be given
     )  # fmt: skip
-    command.add_argument("what", choices=("step", "align", "cache", "sample"))
+    command.add_argument("what", choices=("step", "align", "cache", "sample", "targets"))
     command.add_argument(
         "--arch", default="tiny", help="tiny, 100m, klein-4b, klein-9b, or a transformer's config.json (default: tiny)"
     )

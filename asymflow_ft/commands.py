@@ -18,6 +18,7 @@ from asymflow_ft.bench.cache import bench_cache
 from asymflow_ft.bench.sample import bench_sample
 from asymflow_ft.bench.step import bench_step
 from asymflow_ft.bench.sweep import bench_sweep, parse_sweep
+from asymflow_ft.bench.targets import bench_targets
 from asymflow_ft.bench.workload import Options
 from asymflow_ft.components.color import PixelCodec
 from asymflow_ft.components.pipelines import NEGATIVE_PROMPT
@@ -270,8 +271,13 @@ TRAINING = {
     "resolution", "batch", "precision", "quant", "compile", "rank", "checkpointing", "reference", "perceptual",
     "optimizer", "repeats", "warmup",
 }  # fmt: skip
-BENCH_OPTIONS = {"step": TRAINING, "align": ALIGNING, "cache": TRAINING | {"images"}, "sample": DRAWING}
-BENCHES = {"step": bench_step, "align": bench_align, "cache": bench_cache, "sample": bench_sample}
+TARGETS = {"precision", "compile", "checkpointing", "perceptual", "images", "repeats", "warmup"}
+BENCH_OPTIONS = {
+    "step": TRAINING, "align": ALIGNING, "cache": TRAINING | {"images"}, "sample": DRAWING, "targets": TARGETS,
+}  # fmt: skip
+BENCHES = {
+    "step": bench_step, "align": bench_align, "cache": bench_cache, "sample": bench_sample, "targets": bench_targets,
+}  # fmt: skip
 COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "families": run_families,
     "align": run_align,

@@ -264,6 +264,28 @@ def sweep_chart(result: Mapping[str, Any]) -> Figure:
     return figure
 
 
+def targets_table(result: Mapping[str, Any]) -> str:
+    rows = [["target", "limit", "reached", ""]]
+    for target in result["targets"]:
+        sign, unit, reached = "<>"[target["at_least"]] + "=", target["unit"], target["reached"]
+        verdict = target["why"] if reached is None else "missed" if target["over_limit"] > 1 else "met"
+        shown = "not measured" if reached is None else f"{reached:.3g}{unit}"
+        rows.append([target["what"], f"{sign} {target['limit']:g}{unit}", shown, verdict])
+    return grid(rows)
+
+
+def targets_chart(result: Mapping[str, Any]) -> Figure:
+    """Each target against its limit."""
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    axes = figure.subplots()
+    for target in (target for target in result["targets"][::-1] if target["reached"] is not None):
+        color = "tab:orange" if target["over_limit"] > 1 else "tab:blue"
+        axes.barh(target["what"], target["over_limit"], color=color)
+    axes.axvline(1, color="black", linestyle=":")
+    axes.set_xlabel("share of what the target allows; beyond 1 it is missed")
+    return figure
+
+
 def sweep_panels(result: Mapping[str, Any], left: Axes, right: Axes) -> None:
     """Time and memory from zero, so that a fixed part is seen as one."""
     for axes, name, unit, scale, shown in ((left, "step", "s a step", 1, seconds), (right, "memory", "GB", 1e9, size)):
@@ -294,11 +316,11 @@ def growth_lines(axes: Axes, curves: Mapping[str, Mapping[str, Any]], of: str) -
 
 TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "step": step_table, "align": align_table, "cache": cache_table, "sample": sample_table,
-    "sweep": sweep_table,
+    "sweep": sweep_table, "targets": targets_table,
 }  # fmt: skip
 CHARTS: dict[str, Callable[[Mapping[str, Any]], Figure]] = {
     "step": step_chart, "align": align_chart, "cache": cache_chart, "sample": sample_chart,
-    "sweep": sweep_chart,
+    "sweep": sweep_chart, "targets": targets_chart,
 }  # fmt: skip
 
 

@@ -45,6 +45,19 @@ def total_memory(run: dict[str, Any], kind: str) -> int | None:
     return None if None in items else sum(items)
 
 
+def step_or_error(architecture: Architecture, options: Options, device: torch.device) -> dict[str, Any] | Exception:
+    """The figures of a training step, or what said that there is not enough memory for it."""
+    if options.compile:  # or a second shape would be compiled for all shapes, which a run of its own is not
+        torch.compiler.reset()
+    try:
+        return bench_step(architecture, options, device)
+    except (torch.OutOfMemoryError, NotEnoughMemory) as error:
+        return error.with_traceback(None)  # which holds the networks
+    finally:
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
 def bench_sweep(
     architecture: Architecture, options: Options, device: torch.device, key: str, values: Sequence[int]
 ) -> dict[str, Any]:
@@ -58,22 +71,12 @@ def bench_sweep(
     several = {value: replace(options, **{key: value}) for value in values}
     for own in several.values():
         make_recipe(architecture, own, Path(), device)
-    runs: dict[int, dict[str, Any] | None] = {}
-    too_large = []
-    for value, own in tqdm(several.items(), desc=key, leave=False):
-        if options.compile:  # or the second shape would be compiled for all shapes, which a run of its own is not
-            torch.compiler.reset()
-        try:
-            runs[value] = bench_step(architecture, own, device)
-        except (torch.OutOfMemoryError, NotEnoughMemory) as error:
-            runs[value] = None
-            too_large.append(error.with_traceback(None))  # which holds the networks
-        gc.collect()
-        torch.cuda.empty_cache()
-    if len(too_large) == len(runs):
-        raise too_large[0]
-
-    measured = {value: run for value, run in runs.items() if run is not None}
+    found = {
+        value: step_or_error(architecture, own, device) for value, own in tqdm(several.items(), desc=key, leave=False)
+    }
+    measured = {value: run for value, run in found.items() if not isinstance(run, Exception)}
+    if not measured:
+        raise next(error for error in found.values() if isinstance(error, Exception))
     sizes = {value: run["tokens"] if key == "resolution" else value for value, run in measured.items()}
     clock = "processor" if device.type == "cpu" else "median"
     costs: dict[str, Callable[[dict[str, Any]], Any]] = {
@@ -89,5 +92,6 @@ def bench_sweep(
             growth[name] = asdict(fit_growth(grown))
     return {
         "what": "sweep", "architecture": architecture.name, "options": asdict(options), "key": key,
-        "against": AGAINST[key], "clock": clock, "runs": runs, "growth": growth,
+        "against": AGAINST[key], "clock": clock, "runs": {value: measured.get(value) for value in several},
+        "growth": growth,
     }  # fmt: skip
