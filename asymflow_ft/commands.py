@@ -20,6 +20,7 @@ from asymflow_ft.bench.step import bench_step
 from asymflow_ft.bench.sweep import bench_sweep, parse_sweep
 from asymflow_ft.bench.targets import bench_targets
 from asymflow_ft.bench.workload import Options
+from asymflow_ft.components.attention import prepare_attention
 from asymflow_ft.components.color import PixelCodec
 from asymflow_ft.components.pipelines import NEGATIVE_PROMPT
 from asymflow_ft.data.decode import decode
@@ -48,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the parsed command `args.command`; 0 on success, 1 after a message about what the user can mend, 130 after
     Ctrl-C."""
     try:
+        prepare_attention()
         return COMMANDS[args.command](args) or 0
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -29,6 +29,7 @@ from accelerate.utils import (
 from tqdm import tqdm
 
 from asymflow_ft.align import align, check_aligned_for, describe
+from asymflow_ft.components.attention import prepare_attention
 from asymflow_ft.components.color import PixelCodec
 from asymflow_ft.components.pipelines import flow_solver
 from asymflow_ft.components.subspace import PixelModel, PixelSubspace, load_subspace
@@ -88,6 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_intermixed_args(arguments)
     try:
         recipe = load_recipe(args.recipe, args.overrides)
+        prepare_attention()
         if args.dry_run:
             print(dry_run(recipe, args.tflops, args.card))
         else:
