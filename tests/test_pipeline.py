@@ -77,6 +77,13 @@ def test_a_batch_is_its_pictures(pipeline):
         torch.testing.assert_close(picture, alone, rtol=0, atol=1e-4)
 
 
+def test_a_picture_that_is_no_number_is_not_black(pipeline):
+    noise = torch.randn(3, 3, 64, 64, generator=seeded())
+    noise[1, 0, 0, 0] = torch.inf
+    with pytest.raises(ValueError, match=r"1 of 3 pictures hold values that are not finite: .* torch\.float32"):
+        draw(pipeline, ["red apple"] * 3, latents=noise)
+
+
 def test_output_types_agree(pipeline):
     pt = draw(pipeline)
     assert pt.shape == (1, 3, 64, 64) and pt.min() >= 0 and pt.max() <= 1

@@ -129,8 +129,9 @@ class PixelPipelineMixin:
 
         Raises:
             ValueError: sizes that the patch does not divide, both or neither of prompt and prompt_embeds, noise or
-                embeddings of another shape, a condition image that cannot be used, or `batch_guidance` without
-                guidance or where the network attends to every row and the two embeddings have different lengths.
+                embeddings of another shape, a condition image that cannot be used, `batch_guidance` without guidance
+                or where the network attends to every row and the two embeddings have different lengths, or a picture
+                that came out with values that are not finite.
         """
         patch = self.subspace.config["patch"]
         images = [] if image is None else image if isinstance(image, list) else [image]
@@ -232,12 +233,28 @@ class PixelPipelineMixin:
             x = denoise(velocity, x, self.scheduler, sigmas, on_step)
 
         images = to_image(x, grid, patch)
+        check_finite(images, prompt_embeds.dtype)
         if output_type != "latent":
             # the processor maps [-1, 1] to [0, 1]
             processor = VaeImageProcessor(vae_scale_factor=patch)
             images = processor.postprocess(self.codec.decode(images).cpu(), output_type=output_type)
         self.maybe_free_model_hooks()
         return self.output_class(images=images) if return_dict else (images,)
+
+
+def check_finite(images: Tensor, dtype: torch.dtype) -> None:
+    """Refuse pictures (B, C, H, W) that would be saved as black.
+
+    Raises:
+        ValueError: values are not finite, likely for the precision `dtype` of the network.
+    """
+    lost = (~images.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
+    if lost:
+        raise ValueError(
+            f"{len(lost)} of {len(images)} pictures hold values that are not finite: the network runs in {dtype}, and "
+            "either that is too narrow for it (torch.bfloat16 and torch.float32 are not; `--dtype` sets it), or its "
+            "weights are damaged"
+        )
 
 
 def in_one_batch(first: Tensor, second: Tensor, zeros_are_padding: bool) -> Tensor:
