@@ -12,12 +12,12 @@ REPOSITORY = Path(__file__).parent.parent
 def pytest_addoption(parser):
     parser.addoption(
         "--golden", type=Path, default=Path(__file__).parent / "golden" / "reference",
-        help="folder of reference data for test_reference_parity.py",
+        help="folder of reference data for tests/parity",
     )  # fmt: skip
 
 
 @pytest.fixture(scope="session")
-def golden_folder(request) -> Path:
+def golden(request) -> Path:
     return request.config.getoption("--golden")
 
 
