@@ -7,6 +7,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the first import of huggi
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes on two cores; more threads wait for each other
 
 REPOSITORY = Path(__file__).parent.parent
+pytest.register_assert_rewrite("tests.interruptions")  # so that a failed assert shows its values
 
 
 def pytest_addoption(parser):
@@ -29,6 +30,12 @@ def tiny_base() -> str:
 @pytest.fixture(scope="session")
 def tiny_data() -> str:
     return str(REPOSITORY / "recipes/tiny/data")
+
+
+@pytest.fixture
+def in_repository(monkeypatch):
+    """The paths in recipes/tiny are relative to it."""
+    monkeypatch.chdir(REPOSITORY)
 
 
 @pytest.fixture(scope="module")
