@@ -13,11 +13,6 @@ STYLE = ["lora={rank: 2, ends: false}", "loss.variance_reduction=false", "noise.
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
-@pytest.fixture(autouse=True)
-def here(in_repository):
-    pass
-
-
 @pytest.fixture(scope="session")
 def start(tiny_base, tmp_path_factory):
     """A conversion of rank 3, as an adapter and as a pipeline."""

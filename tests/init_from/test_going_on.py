@@ -22,6 +22,8 @@ from tests.converted import as_converted, converted_lora
 from tests.hub_server import Hub, Repo, files_of
 from tests.init_from.conftest import PIXELS, RECIPE, STYLE, WEIGHTS, arguments, run
 
+pytestmark = pytest.mark.usefixtures("in_repository")
+
 
 @pytest.mark.parametrize("form", ["adapter", "pipeline"])
 def test_a_conversion_goes_on_where_it_stood(form, start, tiny_base, tmp_path):

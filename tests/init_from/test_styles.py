@@ -22,6 +22,8 @@ from tests.conftest import REPOSITORY
 from tests.converted import converted_lora
 from tests.init_from.conftest import RECIPE, STYLE, run
 
+pytestmark = pytest.mark.usefixtures("in_repository")
+
 
 @pytest.fixture(scope="module")
 def styles(start, tmp_path_factory):
