@@ -95,7 +95,7 @@ def test_checkpoints_are_exported_with_either_weights(start, tmp_path, capsys):
     assert "is not the one that" in refused(out)
 
 
-def test_a_run_does_not_go_on_from_another_start(styles, start, tiny_base, tmp_path, capsys):
+def test_a_run_does_not_go_on_from_another_start(start, tiny_base, tmp_path, capsys):
     shutil.copytree(start / "adapter", tmp_path / "adapter")
     out = tmp_path / "run"
     assert run(out, tmp_path / "adapter", *STYLE, "train.steps=1") == 0
