@@ -7,17 +7,18 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the first import of huggi
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes on two cores; more threads wait for each other
 
 REPOSITORY = Path(__file__).parent.parent
+pytest.register_assert_rewrite("tests.interruptions")  # so that a failed assert shows its values
 
 
 def pytest_addoption(parser):
     parser.addoption(
         "--golden", type=Path, default=Path(__file__).parent / "golden" / "reference",
-        help="folder of reference data for test_reference_parity.py",
+        help="folder of reference data for tests/parity",
     )  # fmt: skip
 
 
 @pytest.fixture(scope="session")
-def golden_folder(request) -> Path:
+def golden(request) -> Path:
     return request.config.getoption("--golden")
 
 
@@ -29,6 +30,12 @@ def tiny_base() -> str:
 @pytest.fixture(scope="session")
 def tiny_data() -> str:
     return str(REPOSITORY / "recipes/tiny/data")
+
+
+@pytest.fixture
+def in_repository(monkeypatch):
+    """The paths in recipes/tiny are relative to it."""
+    monkeypatch.chdir(REPOSITORY)
 
 
 @pytest.fixture(scope="module")

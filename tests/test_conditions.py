@@ -29,16 +29,11 @@ from asymflow_ft.training.encode import Encoder
 from asymflow_ft.training.feed import loader
 from asymflow_ft.training.memory import build_networks
 from asymflow_ft.training.objective import pixel_noise, training_terms
-from tests.conftest import REPOSITORY
 
+pytestmark = pytest.mark.usefixtures("in_repository")
 RECIPE = "recipes/tiny/finetune.yaml"
 CONDITIONS = [["a0.png"], "a1.png", [], ["a3.png", "a0.png"], None, ["a5.png"], ["a6.png"], ["a7.png", "wide.png"]]
 NUMBERS = [1, 1, 0, 2, 0, 1, 1, 2]
-
-
-@pytest.fixture(autouse=True)
-def in_repository(monkeypatch):
-    monkeypatch.chdir(REPOSITORY)
 
 
 @pytest.fixture

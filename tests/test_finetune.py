@@ -18,12 +18,8 @@ from asymflow_ft.training.ema import PowerEma
 from asymflow_ft.training.validation import WATCHED
 from tests.conftest import REPOSITORY
 
+pytestmark = pytest.mark.usefixtures("in_repository")
 RECIPE = "recipes/tiny/finetune.yaml"
-
-
-@pytest.fixture(autouse=True)
-def in_repository(monkeypatch):
-    monkeypatch.chdir(REPOSITORY)  # the recipe's paths are relative to it
 
 
 @pytest.fixture(scope="module")

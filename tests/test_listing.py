@@ -7,8 +7,8 @@ from inspect import signature
 import pytest
 
 from asymflow_ft import cli, families
-from tests import test_families
 from tests.conftest import REPOSITORY
+from tests.families import conftest, test_base, test_training
 
 DIFFUSERS = "diffusers"
 REFUSED = {
@@ -70,10 +70,10 @@ def test_the_command_lists_what_the_tests_state(capsys, tiny_base):
     for family in families._MODULES:
         for named in (families.name_of(family), *family.PIPELINES, *map("{0[0]} ({0[1]})".format, family.CHECKPOINTS)):
             assert named in printed
-    named = [name for name in vars(test_families) if name.startswith("test_")]
-    laws = [name for name in named if "tiny" in signature(getattr(test_families, name)).parameters]
+    tests = [(name, test) for file in (test_base, test_training) for name, test in vars(file).items()]
+    laws = [name for name, test in tests if name.startswith("test_") and "tiny" in signature(test).parameters]
     assert list(families.LAWS) == laws
-    assert test_families.NAMES == [families.name_of(family) for family in families._MODULES]
+    assert conftest.NAMES == [families.name_of(family) for family in families._MODULES]
     assert cli.main(["families", tiny_base]) == 0
     assert f"{tiny_base} can be converted" in capsys.readouterr().out
     assert cli.main(["families", f"{tiny_base}/vae"]) == 1

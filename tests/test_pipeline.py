@@ -13,31 +13,13 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
 
-from asymflow_ft.components.color import PixelCodec, rgb_tensor
-from asymflow_ft.components.pipelines import fit_condition, flow_solver
+from asymflow_ft.components.color import rgb_tensor
+from asymflow_ft.components.pipelines import fit_condition
 from asymflow_ft.components.subspace import Cond, PixelModel, PixelSubspace
 from asymflow_ft.families import flux2
 from asymflow_ft.method.asymflow import calibrate, lift
 from asymflow_ft.method.noise import inference_sigmas
 from asymflow_ft.method.patches import to_image, to_tokens
-
-
-@pytest.fixture(scope="module")
-def parts(tiny_base):
-    return flux2.load_parts(tiny_base, ("text_encoder", "tokenizer", "transformer"), torch.float32)
-
-
-@pytest.fixture
-def pipeline(parts):
-    basis = torch.linalg.qr(torch.randn(768, 128, generator=torch.Generator().manual_seed(0))).Q
-    subspace = PixelSubspace.from_fit(basis, torch.tensor(2.4))
-    pipeline = flux2.PixelFlux2KleinPipeline(
-        scheduler=flow_solver(), text_encoder=parts.text_encoder, tokenizer=parts.tokenizer,
-        transformer=flux2.lift(parts.transformer, subspace), subspace=subspace, codec=PixelCodec(),
-        shift=7.0, shift_mode="static", default_size=64, max_sequence_length=32,
-    )  # fmt: skip
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""What selective checkpointing keeps, by hand counts (that it changes no gradient: test_families.py)."""
+"""What selective checkpointing keeps, by hand counts (that it changes no gradient: tests/families)."""
 
 from collections import Counter
 

@@ -4,10 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-import socket
-import subprocess
 import sys
-import time
 import weakref
 from types import SimpleNamespace
 
@@ -30,6 +27,7 @@ from asymflow_ft.families import flux2
 from asymflow_ft.families.terms import OUTPUT_TERMS
 from asymflow_ft.hub.cards import card_licence, hub_commit, licence_terms
 from asymflow_ft.synthesize import Sampling, plan, synthesize
+from tests.interruptions import interrupted_after, kill_at_the_first_picture, printed_by_two
 
 PROMPTS = ["red apple", "rocket", "deer", "green apple", "badger"]
 SMALL = Sampling(size=64, aspects=("1:1", "2:1"), steps=2, seed=7, max_length=32, dtype="float32")
@@ -121,28 +119,15 @@ def test_the_text_encoder_is_gone_before_the_transformer_comes(draw, tmp_path, m
     assert tree(tmp_path / "in parts") == tree(tmp_path / "all at once")
 
 
-def test_any_interrupted_write_leaves_a_set_that_the_same_command_completes(draw, tmp_path, monkeypatch):
+def test_any_interrupted_write_leaves_a_set_that_the_same_command_completes(draw, tmp_path):
     draw(tmp_path / "whole")
     expected = tree(tmp_path / "whole")
-    write = os.fsync
-    calls = 0
-
-    def fail(handle):
-        nonlocal calls
-        calls -= 1
-        if calls < 0:
-            raise KeyboardInterrupt  # the .part file is there, the file itself is not
-        write(handle)
-
-    monkeypatch.setattr(os, "fsync", fail)
     # the 11 writes: 4 pictures, their latents, their rows, 1 picture, its latents and row, README.md, metadata.jsonl
     for survived in (1, 4, 5, 10):
         out = tmp_path / f"after {survived}"
-        calls = survived
-        with pytest.raises(KeyboardInterrupt):
+        with interrupted_after(survived):
             draw(out)
         assert not (out / "metadata.jsonl").exists()
-        calls = 99
         assert draw(out)
         assert tree(out) == expected
 
@@ -164,26 +149,9 @@ def test_two_processes_killed_and_continued_draw_what_one_draws(draw, tmp_path, 
         "--seed", "7", "--max-length", "32", "--batch-size", "2", "--dtype", "float32",
     ]  # fmt: skip
 
-    def launch():
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
-        ranks = [os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
-        return [subprocess.Popen(command, env=rank, stdout=subprocess.PIPE, text=True) for rank in ranks]
-
-    processes = launch()
-    while not list(out.glob("images/*/*.png")):
-        assert all(process.poll() is None for process in processes)
-        time.sleep(0.01)
-    for process in processes:
-        process.kill()
-        process.communicate()
+    kill_at_the_first_picture(command, out)
     assert not (out / "metadata.jsonl").exists()
-
-    processes = launch()
-    said = [process.communicate()[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0]
+    said = printed_by_two(command)
     assert "pictures to draw" in said[0] and "pictures to draw" not in said[1]
     assert any("10 pictures in" in text for text in said)
     draw(tmp_path / "one", num=10)

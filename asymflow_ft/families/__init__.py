@@ -9,7 +9,7 @@ from asymflow_ft.families import ernie_image, flux1, flux2, flux3, qwen_image, s
 from asymflow_ft.families.base import NoIndexError, load_index, load_json
 
 _MODULES = (flux2, flux3, flux1, sd3, qwen_image, z_image, ernie_image)
-# What tests/test_families.py states for every family, by the name of the test.
+# What tests/families states for every family, by the name of the test.
 LAWS = {
     "test_the_family_is_found": "found by its index",
     "test_the_lifted_network_is_the_base_on_the_subspace": "lift exact in float64",
@@ -19,8 +19,8 @@ LAWS = {
     "test_guidance_is_counted_alike": "guidance of the stock pipeline",
     "test_guidance_in_one_batch_is_guidance_in_two_calls": "guidance in one batch",
     "test_prompts_are_encoded_as_by_the_stock_pipeline": "prompts of the stock pipeline",
-    "test_bfloat16_is_near_float32": "bfloat16",
     "test_an_embedding_does_not_depend_on_its_batch": "prompts independent of their batch",
+    "test_bfloat16_is_near_float32": "bfloat16",
     "test_exactly_the_ends_and_the_adapters_are_trained": "trained names exact",
     "test_gradient_checkpointing_changes_nothing": "gradient checkpointing",
     "test_all_repeated_blocks_are_compiled": "what is compiled",

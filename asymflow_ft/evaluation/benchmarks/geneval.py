@@ -11,16 +11,7 @@ from pathlib import Path
 from shlex import quote
 from statistics import fmean
 
-from tqdm import tqdm
-
-from asymflow_ft.evaluation.benchmarks.layout import (
-    check_pictures,
-    check_scored,
-    last_parts,
-    place,
-    refuse_others,
-    write_text,
-)
+from asymflow_ft.evaluation.benchmarks.layout import check_pictures, check_scored, fill, last_parts
 from asymflow_ft.evaluation.suites import Suite
 from asymflow_ft.textfiles import json_lines
 
@@ -49,11 +40,8 @@ def write_layout(suite: Suite, pictures: Sequence[Sequence[Path]], folder: Path)
     own: dict[Path, Path] = {}
     for prompt, row in zip(suite.prompts, pictures, strict=True):
         own |= {folder / prompt.id / "samples" / f"{k:04d}.png": picture for k, picture in enumerate(row)}
-    refuse_others(_pictures(folder), own, folder)
-    for prompt in suite.prompts:
-        write_text(folder / prompt.id / "metadata.jsonl", json.dumps(prompt.extra))
-    for file, picture in tqdm(own.items(), desc="geneval", mininterval=1):
-        place(picture, file)
+    texts = {folder / prompt.id / "metadata.jsonl": json.dumps(prompt.extra) for prompt in suite.prompts}
+    fill(folder, own, texts, _pictures(folder), "geneval")
 
 
 def read_scores(folder: Path) -> dict[str, float] | None:

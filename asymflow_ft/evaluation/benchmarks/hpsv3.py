@@ -11,16 +11,7 @@ from shlex import quote
 from statistics import fmean
 from typing import Any
 
-from tqdm import tqdm
-
-from asymflow_ft.evaluation.benchmarks.layout import (
-    check_pictures,
-    check_scored,
-    last_parts,
-    place,
-    refuse_others,
-    write_text,
-)
+from asymflow_ft.evaluation.benchmarks.layout import check_pictures, check_scored, fill, last_parts
 from asymflow_ft.evaluation.suites import Suite
 from asymflow_ft.textfiles import text_of
 
@@ -53,11 +44,7 @@ def write_layout(suite: Suite, pictures: Sequence[Sequence[Path]], folder: Path)
         files = [folder / str(prompt.category) / f"{prompt.id}-{k}.png" for k in range(len(row))]
         own |= dict(zip(files, row, strict=True))
         texts |= {file.with_suffix(".txt"): prompt.text for file in files}
-    refuse_others(_pictures(folder), own, folder)
-    for file, text in texts.items():
-        write_text(file, text)
-    for file, picture in tqdm(own.items(), desc="hpsv3", mininterval=1):
-        place(picture, file)
+    fill(folder, own, texts, _pictures(folder), "hpsv3")
 
 
 def read_scores(folder: Path) -> dict[str, float] | None:

@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from tqdm import tqdm
+
 from asymflow_ft.evaluation.suites import Suite
 
 
@@ -22,6 +24,22 @@ def check_pictures(suite: Suite, pictures: Sequence[Sequence[Path]]) -> None:
     for picture in (picture for row in pictures for picture in row):
         if not picture.is_file():
             raise ValueError(f"the picture {picture} is gone; the same command draws it again")
+
+
+def fill(folder: Path, own: dict[Path, Path], texts: dict[Path, str], found: Iterable[Path], name: str) -> None:
+    """Write texts, then pictures, so that whoever scores a picture has its prompt. What is there already stays.
+
+    Args:
+        own: the picture for each file. texts: by file. found: pictures that the folder holds. name: for the progress.
+
+    Raises:
+        ValueError: a file cannot be written, or the folder holds pictures of others.
+    """
+    refuse_others(found, own, folder)
+    for file, text in texts.items():
+        write_text(file, text)
+    for file, picture in tqdm(own.items(), desc=name, mininterval=1):
+        place(picture, file)
 
 
 def place(picture: Path, file: Path) -> None:
