@@ -13,6 +13,7 @@ import json
 import math
 import sys
 import time
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -241,54 +242,52 @@ def finetune(recipe: Recipe) -> None:
     batches = micro_batches(loader(recipe, data.train, step, accelerator), draw_noise)
 
     # Train.
-    stop = StopSignal()
     progress = tqdm(
         total=train.steps, initial=step, desc="train", disable=not main_process, dynamic_ncols=True, mininterval=2
     )
-    while step < train.steps:
-        set_rates(optimizer, step, train)
-        limit = train.clip_norm if step >= train.clip_after else math.inf
-        limit_norm(optimizer, limit)
-        rows, names = [], []
-        for micro in range(train.accumulation):
-            batch, noise = next(batches)
-            with accelerator.accumulate(prepared):
-                # LoRA dropout; all else is drawn from the samples' serial numbers
-                torch.manual_seed(hash((recipe.seed, step, micro, accelerator.process_index)) % 2**63)
-                terms = training_terms(recipe, model, reference, codec, perceptual, batch, noise, shift, device)
-                accelerator.backward(terms.loss())
-            rows.append(terms.rows())
-            names += batch.names
-        norm = float(whole(accelerator.clip_grad_norm_(parameters.values(), limit)))
-        if math.isfinite(norm):
-            optimizer.step()
-        optimizer.zero_grad()
-        step += 1
-        if math.isfinite(norm):
-            ema.update(step)
-        log.step(step, summarise(accelerator.gather(torch.cat(rows))), norm, optimizer, names, train.max_bad_steps)
-        progress.set_postfix(log.postfix(), refresh=False)
-        progress.update()
+    with closing(batches), progress, StopSignal() as stop:
+        while step < train.steps:
+            set_rates(optimizer, step, train)
+            limit = train.clip_norm if step >= train.clip_after else math.inf
+            limit_norm(optimizer, limit)
+            rows, names = [], []
+            for micro in range(train.accumulation):
+                batch, noise = next(batches)
+                with accelerator.accumulate(prepared):
+                    # LoRA dropout; all else is drawn from the samples' serial numbers
+                    torch.manual_seed(hash((recipe.seed, step, micro, accelerator.process_index)) % 2**63)
+                    terms = training_terms(recipe, model, reference, codec, perceptual, batch, noise, shift, device)
+                    accelerator.backward(terms.loss())
+                rows.append(terms.rows())
+                names += batch.names
+            norm = float(whole(accelerator.clip_grad_norm_(parameters.values(), limit)))
+            if math.isfinite(norm):
+                optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+            if math.isfinite(norm):
+                ema.update(step)
+            log.step(step, summarise(accelerator.gather(torch.cat(rows))), norm, optimizer, names, train.max_bad_steps)
+            progress.set_postfix(log.postfix(), refresh=False)
+            progress.update()
 
-        halted = stop.asked(accelerator)
-        if halted or step % train.checkpoint_every == 0 or step == train.steps:
-            state = [gather(parameters, main_process), gather(ema.average, main_process)]
-            state.append(gather_optimizer(optimizer, main_process))
-            if main_process:
-                save_checkpoint(out / "checkpoints", step, *state, train.keep_checkpoints, train.keep_every)
-                write_status(out, "stopped" if halted else "running", step, per_step)
-            del state
-            accelerator.wait_for_everyone()
-        if halted and step < train.steps:
-            raise Stopped(f"checkpoint of step {step} of {train.steps} saved")
-        if recipe.sample.every and step % recipe.sample.every == 0 and step < train.steps:
-            with ema.applied():
-                now = validation.draw(f"step {step} samples", f"step_{step}", draw_pixels, recipe.sample.count)
-            validation.save_grid(step, {f"pixels, step {step}": now})
-            if main_process:
-                validation.log(step, now)
-    progress.close()
-    stop.release()
+            halted = stop.asked(accelerator)
+            if halted or step % train.checkpoint_every == 0 or step == train.steps:
+                state = [gather(parameters, main_process), gather(ema.average, main_process)]
+                state.append(gather_optimizer(optimizer, main_process))
+                if main_process:
+                    save_checkpoint(out / "checkpoints", step, *state, train.keep_checkpoints, train.keep_every)
+                    write_status(out, "stopped" if halted else "running", step, per_step)
+                del state
+                accelerator.wait_for_everyone()
+            if halted and step < train.steps:
+                raise Stopped(f"checkpoint of step {step} of {train.steps} saved")
+            if recipe.sample.every and step % recipe.sample.every == 0 and step < train.steps:
+                with ema.applied():
+                    now = validation.draw(f"step {step} samples", f"step_{step}", draw_pixels, recipe.sample.count)
+                validation.save_grid(step, {f"pixels, step {step}": now})
+                if main_process:
+                    validation.log(step, now)
 
     # Draw, measure, save: all with the averaged weights.
     with ema.applied():

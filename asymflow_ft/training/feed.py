@@ -2,7 +2,8 @@
 
 import os
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
+from contextlib import closing
 
 import torch
 from accelerate import Accelerator
@@ -40,8 +41,9 @@ def leave_signals_to_the_run(worker: int) -> None:
 
 def micro_batches(
     loaded: Iterable[Batch | ValueError], draw: Callable[[Batch], Noise]
-) -> Iterator[tuple[Batch, Noise]]:
-    """Micro-batches with their noise, which a thread draws up to two ahead while the device works.
+) -> Generator[tuple[Batch, Noise], None, None]:
+    """Micro-batches with their noise, which a thread draws up to two ahead while the device works. Its end, by `close`
+    or an error, is that of the data workers.
 
     Raises:
         ValueError: where the micro-batch would be: an image cannot be read or has changed, or a data worker died.
@@ -52,10 +54,11 @@ def micro_batches(
             raise item
         return item, draw(item)
 
-    return ahead(with_noise, _with_failure(loaded), threads=1)
+    with closing(_with_failure(loaded)) as items:  # an error's traceback would keep the workers, who heed no signal
+        yield from ahead(with_noise, items, threads=1)
 
 
-def _with_failure(loaded: Iterable[Batch | ValueError]) -> Iterator[Batch | ValueError]:
+def _with_failure(loaded: Iterable[Batch | ValueError]) -> Generator[Batch | ValueError, None, None]:
     try:
         yield from loaded
     except torch.OutOfMemoryError:  # of models that encode in this process

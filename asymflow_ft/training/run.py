@@ -226,12 +226,13 @@ class Stopped(Exception):
 
 
 class StopSignal:
-    """Between construction and `release`, Ctrl-C and SIGTERM end the step in hand, so that the checkpoint is of a
-    whole step; a second Ctrl-C ends the run now."""
+    """In its context, Ctrl-C and SIGTERM end the step in hand, so that the checkpoint is of a whole step; a second
+    Ctrl-C ends the run now."""
 
-    def __init__(self) -> None:
+    def __enter__(self) -> "StopSignal":
         self.seen = False
         self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
 
     def _note(self, number: int, frame: object) -> None:
         if self.seen and number == signal.SIGINT:  # launchers send SIGTERM twice
@@ -245,7 +246,7 @@ class StopSignal:
             return self.seen
         return bool(accelerator.reduce(torch.tensor(float(self.seen), device=accelerator.device)).item())
 
-    def release(self) -> None:
+    def __exit__(self, *error: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 

@@ -1,6 +1,7 @@
 """Training with and without the cache, and while its images change."""
 
 import json
+import multiprocessing
 import re
 
 import pytest
@@ -41,6 +42,7 @@ def test_an_image_that_changes_during_the_run_ends_it_with_one_message(train, da
 
     monkeypatch.setattr(finetune, "loader", loader)
     assert train(data, tmp_path / "run", "data.workers=1") == 1
+    assert not multiprocessing.active_children()  # whom the program would wait for at its end, for ever
     error = capsys.readouterr().err
     assert error.count("changed since") == 1 and "Traceback" not in error
     assert re.search(r"error: .*\.bmp changed since the run looked at it; start the command again", error)
