@@ -203,6 +203,9 @@ def test_noise_levels():
 
 def test_patches_round_trip_and_refuse_odd_sizes():
     image = torch.randn(2, 3, 32, 48)
-    assert torch.equal(to_image(to_tokens(image, 16), (2, 3), 16), image)
+    tokens = to_tokens(image, 16)
+    assert tokens[1, 5, (2 * 16 + 3) * 16 + 4] == image[1, 2, 16 + 3, 2 * 16 + 4]  # channel 2, row 3, column 4 inside
+    assert torch.equal(to_image(tokens, (2, 3), 16), image)
+    assert tokens.is_contiguous() and to_image(tokens, (2, 3), 16).is_contiguous()  # else arithmetic is twice as slow
     with pytest.raises(ValueError, match="40x32"):
         to_tokens(torch.zeros(1, 3, 32, 40), 16)
