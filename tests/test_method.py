@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from asymflow_ft.components.color import PixelCodec
 from asymflow_ft.method import align, asymflow, guidance, loss, noise
 from asymflow_ft.method.patches import to_image, to_tokens
 
@@ -203,6 +204,16 @@ def test_noise_levels():
 
 def test_patches_round_trip_and_refuse_odd_sizes():
     image = torch.randn(2, 3, 32, 48)
-    assert torch.equal(to_image(to_tokens(image, 16), (2, 3), 16), image)
+    tokens = to_tokens(image, 16)
+    assert tokens[1, 5, (2 * 16 + 3) * 16 + 4] == image[1, 2, 16 + 3, 2 * 16 + 4]  # channel 2, row 3, column 4 inside
+    assert torch.equal(to_image(tokens, (2, 3), 16), image)
+    assert tokens.is_contiguous() and to_image(tokens, (2, 3), 16).is_contiguous()  # else arithmetic is twice as slow
     with pytest.raises(ValueError, match="40x32"):
         to_tokens(torch.zeros(1, 3, 32, 40), 16)
+
+
+def test_black_is_black_and_has_a_finite_slope():
+    black = torch.full((1, 3, 1, 1), -1.0, requires_grad=True)
+    pixels = PixelCodec(mean=(0.0, 0.0, 0.0), std=1.0).encode(black)
+    pixels.sum().backward()
+    assert pixels.abs().max() < 1e-9 and black.grad.isfinite().all()

@@ -36,9 +36,8 @@ def _linear_to_srgb(v: torch.Tensor) -> torch.Tensor:
 
 
 def _cube_root(lms: torch.Tensor) -> torch.Tensor:
-    # The slope is infinite at 0 and black pixels sit exactly there; 1e-12 moves a colour by at most 1e-4.
-    positive = lms > 0
-    return torch.where(positive, lms.clamp(min=1e-30) ** (1 / 3), torch.zeros_like(lms))
+    # The slope is infinite at 0 and black pixels sit exactly there; below 1e-30, whose root is 1e-10, there is none.
+    return lms.clamp(min=1e-30) ** (1 / 3)
 
 
 def rgb_tensor(image: Image.Image) -> torch.Tensor:
