@@ -34,6 +34,10 @@ def attach_lora(
         r=rank, lora_alpha=rank, lora_dropout=dropout, init_lora_weights="gaussian", target_modules=list(targets)
     )
     transformer.add_adapter(config, adapter_name=ADAPTER)
+    for module in transformer.modules():
+        if isinstance(module, BaseTunerLayer):
+            # PEFT would make its input float32, which is kept for the backward pass, and autocast narrow it again
+            module.cast_input_dtype_enabled = False
     for name in ends:
         parent, _, last = name.rpartition(".")
         wrapper = ModulesToSaveWrapper(transformer.get_submodule(name), ADAPTER)
