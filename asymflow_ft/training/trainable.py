@@ -36,7 +36,7 @@ def attach_lora(
     transformer.add_adapter(config, adapter_name=ADAPTER)
     for module in transformer.modules():
         if isinstance(module, BaseTunerLayer):
-            # PEFT would make its input float32, which is kept for the backward pass, and autocast narrow it again
+            # PEFT would copy its input to float32, and autocast that copy back to what the input was
             module.cast_input_dtype_enabled = False
     for name in ends:
         parent, _, last = name.rpartition(".")
