@@ -32,8 +32,11 @@ def main(arguments: list[str] | None = None) -> int:
         rest = [word for word in rest if word not in args.overrides]
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    from asymflow_ft.commands import run  # seconds of imports, which --help and a typing error need not wait for
-
+    try:
+        from asymflow_ft.commands import run  # seconds of imports, which --help and a typing error need not wait for
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return 130
     return run(args)
 
 

@@ -49,7 +49,8 @@ def run(args: argparse.Namespace) -> int:
     """Run the parsed command `args.command`; 0 on success, 1 after a message about what the user can mend, 130 after
     Ctrl-C."""
     try:
-        prepare_attention()
+        if args.command in RUN_A_NETWORK:
+            prepare_attention()
         return COMMANDS[args.command](args) or 0
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -229,11 +230,16 @@ def run_compare_runs(args: argparse.Namespace) -> None:
 
 
 def run_bench(args: argparse.Namespace) -> None:
+    if args.out is not None and (args.out.is_file() or (args.out / report.FIGURES).exists()):
+        raise ValueError(f"{args.out} is a file, or holds an earlier benchmark; name another folder, or remove it")
     device = process_state().device
     given = {name: value for name, value in vars(args).items() if name in TRAINING | DRAWING | ALIGNING}
     used = BENCH_OPTIONS[args.what]
-    if unused := sorted(given.keys() - used):
-        raise ValueError(f"bench {args.what} has no use for {', '.join(unused)}; it takes {', '.join(sorted(used))}")
+    if unused := given.keys() - used:
+        without, taken = (
+            ", ".join(f"--{name.replace('_', '-')}" for name in sorted(names)) for names in (unused, used)
+        )
+        raise ValueError(f"bench {args.what} has no use for {without}; it takes {taken}")
     key, values = ("", []) if args.sweep is None else parse_sweep(args.sweep)
     if key and args.what != "step":
         raise ValueError(f"--sweep is of training steps (bench step); bench {args.what} cannot take it")
@@ -241,6 +247,8 @@ def run_bench(args: argparse.Namespace) -> None:
         raise ValueError(f"--sweep {args.sweep} sets {key}, and another option does so too; leave that out")
     if "checkpointing" in given:
         given["checkpointing"] = CHECKPOINTING[given["checkpointing"]]
+    if args.what == "targets" and device.type == "cpu":  # whose VGG would hide all else; docs' figures are without it
+        given["perceptual"] = "none"
     if not given.get("reference", True):
         given.setdefault("perceptual", "none")
     options = Options(**{"precision": "no" if device.type == "cpu" else "bf16"} | given)
@@ -253,8 +261,9 @@ def run_bench(args: argparse.Namespace) -> None:
             result = BENCHES[args.what](architecture, options, device)
     except torch.OutOfMemoryError as error:
         raise ValueError(
-            f"{error}\nthe GPU is too small for this. A smaller --resolution or --batch needs less; for a training "
-            "step so do --quant nf4, a smaller --rank, --optimizer adamw8bit and --perceptual none"
+            f"{error}\nthe GPU is too small for this. A smaller --arch needs less; `bench step` and `bench sample` do "
+            "with a smaller --resolution or --batch or with --quant nf4, `bench step` also with a smaller --rank, "
+            "--optimizer adamw8bit and --perceptual none"
         ) from error
     print(report.TABLES[result["what"]](result))
     if args.out:
@@ -273,13 +282,14 @@ TRAINING = {
     "resolution", "batch", "precision", "quant", "compile", "rank", "checkpointing", "reference", "perceptual",
     "optimizer", "repeats", "warmup",
 }  # fmt: skip
-TARGETS = {"precision", "compile", "checkpointing", "perceptual", "images", "repeats", "warmup"}
+TARGETS = {"compile", "images", "repeats", "warmup"}  # all else is as the targets say
 BENCH_OPTIONS = {
     "step": TRAINING, "align": ALIGNING, "cache": TRAINING | {"images"}, "sample": DRAWING, "targets": TARGETS,
 }  # fmt: skip
 BENCHES = {
     "step": bench_step, "align": bench_align, "cache": bench_cache, "sample": bench_sample, "targets": bench_targets,
 }  # fmt: skip
+RUN_A_NETWORK = {"sample", "synthesize", "evaluate", "demo", "bench"}  # and finetune, which looks itself
 COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "families": run_families,
     "align": run_align,

@@ -2,6 +2,7 @@
 
 import pytest
 from diffusers.models import attention_dispatch
+from huggingface_hub.errors import HTTPError
 
 from asymflow_ft import cli, finetune
 from asymflow_ft.components.attention import VARIABLE, prepare_attention
@@ -21,7 +22,9 @@ def fresh(monkeypatch):
     prepare_attention.cache_clear()
 
 
-@pytest.mark.parametrize("command", [["families"], ["finetune", RECIPE, "--dry-run"]], ids=["any command", "finetune"])
+@pytest.mark.parametrize(
+    "command", [["bench", "sample"], ["finetune", RECIPE, "--dry-run"]], ids=["bench", "finetune"]
+)
 def test_a_backend_without_its_package_is_said_at_once(command, monkeypatch, capsys):
     monkeypatch.setenv(VARIABLE, "flash")
     assert cli.main(command) == 1
@@ -54,3 +57,19 @@ def test_one_that_works_is_used(name, monkeypatch):
     prepare_attention()
     backend, _ = attention_dispatch._AttentionBackendRegistry.get_active_backend()
     assert backend.value == (name or "native")
+
+
+def test_a_hub_that_does_not_answer_is_said(monkeypatch):
+    def fetch(backend):
+        raise HTTPError("no route to the Hub")
+
+    monkeypatch.setattr(attention_dispatch, "_check_attention_backend_requirements", lambda backend: None)
+    monkeypatch.setattr(attention_dispatch, "_maybe_download_kernel_for_backend", fetch)
+    monkeypatch.setenv(VARIABLE, "flash_hub")
+    with pytest.raises(ValueError, match="flash_hub cannot be used: no route to the Hub"):
+        prepare_attention()
+
+
+def test_commands_that_run_no_network_do_not_ask(monkeypatch):
+    monkeypatch.setenv(VARIABLE, "flash")
+    assert cli.main(["families"]) == 0

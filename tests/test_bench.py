@@ -263,7 +263,10 @@ def test_the_sampling_benchmark(batch_guidance, capsys, tmp_path, monkeypatch):
         (["--full", "--quant", "nf4"], "quantised weights cannot be"),
         (["--full"], "use a smaller --arch"),
         (["--no-reference", "--perceptual", "vgg"], "set loss.perceptual=none"),
-        (["--batch-guidance", "--images", "3"], "bench step has no use for batch_guidance, images; it takes batch"),
+        (
+            ["--batch-guidance", "--images", "3"],
+            "bench step has no use for --batch-guidance, --images; it takes --batch",
+        ),
     ],
 )
 def test_messages(options, message, capsys, monkeypatch):

@@ -96,6 +96,9 @@ def test_quantised_weights_and_moments_are_what_bitsandbytes_holds():
             assert memory.optimizer_bytes(kind, number) == held
 
 
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm")
+
+
 class Allocations(rehearsal.Meter):
     """A Meter beside which torch's profiler writes down what the CPU allocator did, but for what is gone when a matrix
     product ends: some CPUs (those with AMX) take a work space for it."""
@@ -111,7 +114,7 @@ class Allocations(rehearsal.Meter):
         super().__exit__(*error)
         self.profiler.__exit__(*error)
         events = self.profiler.profiler.kineto_results.events()
-        products = [(event.start_ns(), event.end_ns()) for event in events if event.name() == "aten::mm"]
+        products = [(event.start_ns(), event.end_ns()) for event in events if event.name() in PRODUCTS]
         now = 0
         for event in (event for event in events if event.name() == "[memory]"):
             outside = not any(start <= event.start_ns() <= end for start, end in products)

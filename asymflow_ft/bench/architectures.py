@@ -130,8 +130,8 @@ def randomise(
     matrices, 1 for the weights of norms, 0 for biases.
 
     Args:
-        repeated: linear layers of one shape share one weight. For a network that is about to be quantised, layer by
-            layer: it is made at once, and never takes the memory that it would in full precision.
+        repeated: linear layers of one shape share one weight. For a network that is then quantised layer by layer: it
+            takes seconds to make, and never the memory that it would in full precision.
     """
     generator = torch.Generator(device).manual_seed(seed)
     weights: dict[torch.Size, Tensor] = {}
@@ -145,7 +145,9 @@ def randomise(
             if old.ndim < 2:
                 new = torch.full(old.shape, float(name == "weight"), dtype=dtype, device=device)
             elif repeated and isinstance(owner, nn.Linear):
-                new = weights[old.shape] = weights[old.shape] if old.shape in weights else draw(old.shape)
+                if old.shape not in weights:
+                    weights[old.shape] = draw(old.shape)
+                new = weights[old.shape]
             else:
                 new = draw(old.shape)
             setattr(owner, name, nn.Parameter(new, requires_grad=False))

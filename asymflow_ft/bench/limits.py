@@ -1,11 +1,19 @@
 """What a machine can do at most: its rate of multiplication, measured and by the data sheet, and its memory."""
 
+import gc
+from collections.abc import Callable
+from typing import Any
+
 import psutil
 import torch
 from torch import nn
 
+from asymflow_ft.bench.architectures import Architecture
 from asymflow_ft.bench.clock import Timing, measure
+from asymflow_ft.bench.workload import Options
 from asymflow_ft.training.memory import MemoryPlan
+
+Bench = Callable[[Architecture, Options, torch.device], dict[str, Any]]
 
 WARMUP = 3
 # Dense bf16 with float32 sums, from the makers' data sheets, by a piece of the name that the driver gives.
@@ -49,6 +57,21 @@ class NotEnoughMemory(ValueError):
     """The machine has less memory than a benchmark needs."""
 
 
+def figures_or_error(
+    bench: Bench, architecture: Architecture, options: Options, device: torch.device
+) -> dict[str, Any] | Exception:
+    """The figures of a benchmark among several, or what said that there is not enough memory for it."""
+    if options.compile:  # or a second shape would be compiled for all shapes, which a run of its own is not
+        torch.compiler.reset()
+    try:
+        return bench(architecture, options, device)
+    except (torch.OutOfMemoryError, NotEnoughMemory) as error:
+        return error.with_traceback(None)  # which holds the networks
+    finally:
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
 def check_memory(plan: MemoryPlan, device: torch.device) -> None:
     """Refuse what would get the process killed; a GPU says itself when it is full.
 
@@ -59,5 +82,5 @@ def check_memory(plan: MemoryPlan, device: torch.device) -> None:
     if device.type == "cpu" and plan.peak > free:
         raise NotEnoughMemory(
             f"this needs about {plan.peak / 1e9:.1f} GB and the machine has {free / 1e9:.1f} GB free; "
-            "use a smaller --arch or --resolution, --quant nf4, or a GPU"
+            "use a smaller --arch, a GPU, or for a step alone a smaller --resolution or --quant nf4"
         )

@@ -17,6 +17,7 @@ from matplotlib.ticker import NullFormatter
 
 from asymflow_ft.bench.sweep import total_memory
 
+FIGURES = "bench.json"
 PACKAGES = ("asymflow-ft", "torch", "diffusers", "transformers", "accelerate", "peft", "bitsandbytes")
 Rows = Sequence[Sequence[str]]
 
@@ -265,24 +266,44 @@ def sweep_chart(result: Mapping[str, Any]) -> Figure:
 
 
 def targets_table(result: Mapping[str, Any]) -> str:
-    rows = [["target", "limit", "reached", ""]]
+    rows = [["target", "limit", "reached", "verdict"]]
     for target in result["targets"]:
-        sign, unit, reached = "<>"[target["at_least"]] + "=", target["unit"], target["reached"]
-        verdict = target["why"] if reached is None else "missed" if target["over_limit"] > 1 else "met"
-        shown = "not measured" if reached is None else f"{reached:.3g}{unit}"
+        sign, unit, reached = ">=" if target["at_least"] else "<=", target["unit"], target["reached"]
+        verdict = f"not measured: {target['why']}" if reached is None else _verdict(target)
+        shown = "" if reached is None else f"{reached:.3g}{unit}"
         rows.append([target["what"], f"{sign} {target['limit']:g}{unit}", shown, verdict])
-    return grid(rows)
+    return f"{targets_title(result)}\n\n{grid(rows)}"
+
+
+def targets_title(result: Mapping[str, Any]) -> str:
+    """What was measured, in a line."""
+    step = next(step for step in result["steps"].values() if step is not None)
+    options = step["options"]
+    precision = "bf16" if options["precision"] == "bf16" else "float32"
+    compiled = ", compiled" if options["compile"] else ""
+    return (
+        f"{result['architecture']} at {step['resolution']} px, batch {options['batch']}, {precision}{compiled}; "
+        f"training LoRA of rank {options['rank']}, perceptual term: {options['perceptual']}"
+    )
+
+
+def _verdict(target: Mapping[str, Any]) -> str:
+    return "missed" if target["over_limit"] > 1 else "met"
 
 
 def targets_chart(result: Mapping[str, Any]) -> Figure:
-    """Each target against its limit."""
-    figure = Figure(figsize=(8, 3), layout="constrained")
+    """Each target against its limit, with the figures beside the bars; far beyond the limit bars are cut."""
+    most = 3.0
+    figure = Figure(figsize=(10, 3.5), layout="constrained")
     axes = figure.subplots()
-    for target in (target for target in result["targets"][::-1] if target["reached"] is not None):
-        color = "tab:orange" if target["over_limit"] > 1 else "tab:blue"
-        axes.barh(target["what"], target["over_limit"], color=color)
+    for target in result["targets"][::-1]:
+        over, unit = target["over_limit"] or 0.0, target["unit"]
+        axes.barh(target["what"], min(over, most), color="tab:orange" if over > 1 else "tab:blue")
+        shown = "not measured" if target["reached"] is None else f"{target['reached']:.3g}{unit}, {_verdict(target)}"
+        axes.text(min(over, most) + 0.02, target["what"], shown, va="center", fontsize="small")
     axes.axvline(1, color="black", linestyle=":")
-    axes.set_xlabel("share of what the target allows; beyond 1 it is missed")
+    axes.set(xlim=(0, most + 0.9), xlabel="share of what the target allows; beyond 1 it is missed")
+    axes.set_title(targets_title(result), fontsize="medium")
     return figure
 
 
@@ -331,5 +352,5 @@ def save(out: Path, result: Mapping[str, Any], on: Mapping[str, Any]) -> None:
         on: what `machine` said before the benchmark.
     """
     out.mkdir(parents=True, exist_ok=True)
-    (out / "bench.json").write_text(json.dumps({"machine": on, **result}, indent=2) + "\n", encoding="utf-8")
+    (out / FIGURES).write_text(json.dumps({"machine": on, **result}, indent=2) + "\n", encoding="utf-8")
     CHARTS[result["what"]](result).savefig(out / "chart.png", dpi=120)

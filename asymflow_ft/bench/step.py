@@ -217,12 +217,9 @@ def train_step(run: Run, step: int) -> None:
 
 def time_steps(run: Run, repeats: int, warmup: int) -> tuple[Timing, dict[str, Timing]]:
     """The whole step and its parts, of the same steps."""
-    cuda = run.accelerator.device.type == "cuda"
     taken: list[dict[str, float]] = []
     processor: list[float] = []
     for step in tqdm(range(warmup + repeats), desc="steps", leave=False, mininterval=1):
-        if cuda and step == warmup:
-            torch.cuda.reset_peak_memory_stats()
         _, before = now()
         run.watch.start("rest")
         train_step(run, step)
@@ -231,14 +228,14 @@ def time_steps(run: Run, repeats: int, warmup: int) -> tuple[Timing, dict[str, T
         if step >= warmup:
             taken.append(parts)
             processor.append(after - before)
-    peak = torch.cuda.max_memory_allocated() if cuda else None
-    whole_step = summary([sum(parts.values()) for parts in taken], peak, processor)
+    whole_step = summary([sum(parts.values()) for parts in taken], processor=processor)
     return whole_step, {part: summary([parts.get(part, 0.0) for parts in taken]) for part in PARTS}
 
 
-def measured_memory(run: Run, peak_bytes: int | None) -> dict[str, int | None]:
-    """Bytes by item, in the names of `MemoryPlan.held`. Activations on a CPU: most bytes of tensors alive in one more
-    micro-batch, on a GPU the allocator's peak less all else."""
+def measured_memory(run: Run) -> dict[str, int | None]:
+    """Bytes by item, in the names of `MemoryPlan.held`, of one more micro-batch, on top of gradients as all but the
+    first one of a step have it. Activations: the most bytes of tensors alive, on a GPU the allocator's peak less all
+    else."""
     parameters = list(run.ema.parameters.values())
     trained = sum(p.nbytes for p in parameters)
     state = [value for entry in run.optimizer.state.values() for value in entry.values() if isinstance(value, Tensor)]
@@ -248,18 +245,20 @@ def measured_memory(run: Run, peak_bytes: int | None) -> dict[str, int | None]:
         "EMA": sum(average.nbytes for average in run.ema.average.values()),
         "perceptual network": run.perceptual_bytes,
     }  # fmt: skip
-    if peak_bytes is not None:
-        return {**held, "activations": peak_bytes - sum(held.values())}
-    if run.recipe.train.compile:  # what compiled code allocates is not seen
+    cuda = run.accelerator.device.type == "cuda"
+    if run.recipe.train.compile and not cuda:  # what compiled code allocates is not seen
         return {**held, "activations": None}
     batch, noise = next(run.batches)
     gradients = [torch.zeros_like(parameter) for parameter in parameters]
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+        losses(run, batch, noise)
+        return {**held, "activations": torch.cuda.max_memory_allocated() - sum(held.values())}
     known = [*run.network.parameters(), *run.network.buffers(), *run.model.subspace.buffers(), *gradients]
     with Meter([*known, batch.rgb, batch.z0, batch.embeds]) as meter:
         losses(run, batch, noise)
-    run.optimizer.zero_grad()
     return {**held, "activations": meter.peak}
 
 
@@ -280,12 +279,12 @@ def bench_step(architecture: Architecture, options: Options, device: torch.devic
         check_setup(recipe, accelerator)
         family = architecture.family
         latent, vae = transformer_on_meta(architecture), vae_on_meta(architecture)
-        plan = plan_memory(recipe, family, latent, vae, 0, device_type=device.type)
+        plan = plan_memory(recipe, family, latent, vae, 0, wide_perceptual=device.type == "cpu")
         check_memory(plan, device)
         torch.manual_seed(0)
         run = build_run(architecture, recipe, accelerator, Stopwatch(device))
         step, parts = time_steps(run, options.repeats, options.warmup)
-        memory = measured_memory(run, step.peak_bytes)
+        memory = measured_memory(run)
         del run.batches  # its workers read from the folder
     tokens = options.batch * ((recipe.data.resolution // family.GEOMETRY[1]) ** 2 + architecture.text_length)
     shape = largest_gemm(run.network, tokens)
@@ -305,6 +304,7 @@ def bench_step(architecture: Architecture, options: Options, device: torch.devic
         "shares": {part: timing.median / step.median for part, timing in parts.items()},
         "memory": {name: {"planned": planned, "measured": memory[name]}
                    for name, planned in planned_memory(plan).items()},
+        "reserved_bytes": torch.cuda.max_memory_reserved() if device.type == "cuda" else None,
         "operations": {"step": plan.step.flops, "forward": plan.step.forward_flops,
                        "reference": plan.step.reference_flops},
         "tflops": speed / 1e12,

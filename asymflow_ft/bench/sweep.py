@@ -1,7 +1,6 @@
 """The training step at several resolutions, batches or ranks, and how its time and its memory grow."""
 
 import difflib
-import gc
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from tqdm import tqdm
 
 from asymflow_ft.bench.architectures import Architecture
 from asymflow_ft.bench.growth import fit_growth
-from asymflow_ft.bench.limits import NotEnoughMemory
+from asymflow_ft.bench.limits import figures_or_error
 from asymflow_ft.bench.step import bench_step
 from asymflow_ft.bench.workload import Options, make_recipe
 
@@ -45,19 +44,6 @@ def total_memory(run: dict[str, Any], kind: str) -> int | None:
     return None if None in items else sum(items)
 
 
-def step_or_error(architecture: Architecture, options: Options, device: torch.device) -> dict[str, Any] | Exception:
-    """The figures of a training step, or what said that there is not enough memory for it."""
-    if options.compile:  # or a second shape would be compiled for all shapes, which a run of its own is not
-        torch.compiler.reset()
-    try:
-        return bench_step(architecture, options, device)
-    except (torch.OutOfMemoryError, NotEnoughMemory) as error:
-        return error.with_traceback(None)  # which holds the networks
-    finally:
-        gc.collect()
-        torch.cuda.empty_cache()
-
-
 def bench_sweep(
     architecture: Architecture, options: Options, device: torch.device, key: str, values: Sequence[int]
 ) -> dict[str, Any]:
@@ -72,7 +58,8 @@ def bench_sweep(
     for own in several.values():
         make_recipe(architecture, own, Path(), device)
     found = {
-        value: step_or_error(architecture, own, device) for value, own in tqdm(several.items(), desc=key, leave=False)
+        value: figures_or_error(bench_step, architecture, own, device)
+        for value, own in tqdm(several.items(), desc=key, leave=False)
     }
     measured = {value: run for value, run in found.items() if not isinstance(run, Exception)}
     if not measured:

@@ -8,13 +8,14 @@ import torch
 
 from asymflow_ft.bench.align import bench_align
 from asymflow_ft.bench.architectures import Architecture
+from asymflow_ft.bench.limits import Bench, figures_or_error
 from asymflow_ft.bench.sample import bench_sample
-from asymflow_ft.bench.step import ARITHMETIC
-from asymflow_ft.bench.sweep import step_or_error
+from asymflow_ft.bench.step import ARITHMETIC, bench_step
 from asymflow_ft.bench.workload import Options
 
 # Peak memory in GB by architecture and precision of the base: LoRA rank 256, 1024 px, batch 1.
 MEMORY = {"klein-4b": {"full": 24, "nf4": 16}, "klein-9b": {"nf4": 24}}
+TOO_LITTLE = "not enough memory"
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Target:
     reached: float | None
     unit: str = ""
     at_least: bool = False
-    why: str = ""
+    why: str = TOO_LITTLE
 
     @property
     def over_limit(self) -> float | None:
@@ -37,50 +38,65 @@ class Target:
         return self.limit / self.reached if self.at_least else self.reached / self.limit
 
 
-def step_targets(step: Mapping[str, Any]) -> list[Target]:
-    """Those of the time of a training step."""
+def step_targets(step: Mapping[str, Any], base: str) -> list[Target]:
+    """Those of the time of a training step on a base of this kind."""
     shares, mfu = step["shares"], step["mfu"]
     return [
-        Target("recovery, loss and EMA, share of a step", 3, 100 * (shares[ARITHMETIC] + shares["EMA"]), "%"),
-        Target("data wait, share of a step", 2, 100 * shares["data wait"], "%"),
-        Target("step over floor", 1.35, step["over_floor"]),
-        Target("MFU of a step", 50, None if mfu is None else 100 * mfu, "%", True, "no data sheet of this device"),
-    ]
+        Target(f"recovery, loss and EMA, share of a step{base}", 3, 100 * (shares[ARITHMETIC] + shares["EMA"]), " %"),
+        Target(f"data wait, share of a step{base}", 2, 100 * shares["data wait"], " %"),
+        Target(f"step over floor{base}", 1.35, step["over_floor"]),
+        Target(
+            f"MFU of a step{base}", 50, None if mfu is None else 100 * mfu, " %", at_least=True,
+            why="no data sheet of this device",
+        ),
+    ]  # fmt: skip
 
 
-def memory_target(quant: str, limit: int, step: Mapping[str, Any] | Exception) -> Target:
-    """That of a step's peak memory in GB."""
-    what = f"peak memory, {'bf16' if quant == 'full' else quant} base"
-    if isinstance(step, Exception):
-        return Target(what, limit, None, " GB", why="out of memory")
-    peak = step["step"]["peak_bytes"]
-    return Target(what, limit, None if peak is None else peak / 1e9, " GB", why="a CPU has no allocator to ask")
+def memory_target(quant: str, limit: int, step: Mapping[str, Any] | None) -> Target:
+    """That of the memory that a training step takes from a card, its context aside; None had not enough."""
+    peak = None if step is None else step["reserved_bytes"]
+    return Target(
+        f"memory of a step, {'bf16' if quant == 'full' else quant} base, reserved", limit,
+        None if peak is None else peak / 1e9, " GB", why=TOO_LITTLE if step is None else "a CPU's has no allocator",
+    )  # fmt: skip
 
 
 def bench_targets(architecture: Architecture, options: Options, device: torch.device) -> dict[str, Any]:
-    """Step, drawing and aligning, and how they do against the targets, for bench.json.
+    """Aligning, drawing and steps, and how they do against the targets, for bench.json. What there is not enough
+    memory for has no figures, None; steps of an nf4 base come in where there is a target for them.
 
     Raises:
-        ValueError: options that cannot work.
+        ValueError: options that cannot work, or no stock pipeline to compare with.
         torch.OutOfMemoryError, NotEnoughMemory: if there is not enough memory for any step.
     """
+
+    errors = []
+
+    def figures(bench: Bench, quant: str = "full") -> dict[str, Any] | None:
+        found = figures_or_error(bench, architecture, replace(options, quant=quant), device)
+        if isinstance(found, Exception):
+            errors.append(found)
+            return None
+        return found
+
+    # what takes least time first, since options that cannot work are found by all of them
+    align, sample = figures(bench_align), figures(bench_sample)
     limits = MEMORY.get(architecture.name, {})
     kinds = ["full", *(kind for kind in limits if kind != "full" and device.type == "cuda")]
-    steps = {kind: step_or_error(architecture, replace(options, quant=kind), device) for kind in kinds}
-    timed = next((step for step in steps.values() if not isinstance(step, Exception)), None)
-    if timed is None:
-        raise next(error for error in steps.values() if isinstance(error, Exception))
-    sample, align = (bench(architecture, options, device) for bench in (bench_sample, bench_align))
-    drawn = sample["compiled" if options.compile else "eager"]
+    steps = {kind: figures(bench_step, kind) for kind in kinds}
+    timed = [(step, "" if kind == "full" else f" ({kind} base)") for kind, step in steps.items() if step is not None]
+    if not timed:
+        raise errors[-1]
+
+    drawn = None if sample is None else sample["compiled" if options.compile else "eager"]["pixel_over_latent"]
     targets = [
-        *step_targets(timed),
-        *(memory_target(kind, limit, steps.get(kind, timed)) for kind, limit in limits.items()),
-        Target("pixel over latent step, drawing", 1.02, drawn["pixel_over_latent"]),
-        Target("align over decoding and encoding", 1.15, align["align_over_decode_encode"]),
+        *step_targets(*timed[0]),
+        *(memory_target(kind, limits[kind], steps[kind]) for kind in kinds if kind in limits),
+        Target("pixel over latent step, drawing", 1.02, drawn),
+        Target("align over decoding and encoding", 1.15, None if align is None else align["align_over_decode_encode"]),
     ]
     return {
         "what": "targets", "architecture": architecture.name, "options": asdict(options),
         "targets": [asdict(target) | {"over_limit": target.over_limit} for target in targets],
-        "steps": {kind: None if isinstance(step, Exception) else step for kind, step in steps.items()},
-        "sample": sample, "align": align,
+        "steps": steps, "sample": sample, "align": align,
     }  # fmt: skip

@@ -4,6 +4,7 @@ import os
 from functools import cache
 
 from diffusers import ModelMixin
+from huggingface_hub.errors import HTTPError
 
 VARIABLE = "DIFFUSERS_ATTN_BACKEND"
 
@@ -21,7 +22,7 @@ def prepare_attention() -> None:
         return
     try:
         ModelMixin().set_attention_backend(name)  # of no layer, and so for all networks
-    except (ValueError, RuntimeError, ImportError, OSError) as error:
+    except (ValueError, RuntimeError, ImportError, OSError, HTTPError) as error:
         raise ValueError(
             f"{VARIABLE}={name} cannot be used: {error} Without the variable torch chooses the kernel"
         ) from error

@@ -188,7 +188,7 @@ def count_tensors(family: ModuleType, network: ModelMixin, held: Sequence[ModelM
 
 def plan_memory(
     recipe: Recipe, family: ModuleType, base: ModelMixin, vae: ModelMixin, text_encoder: int, conditions: int = 0,
-    device_type: str = "cuda",
+    wide_perceptual: bool = False,
 ) -> MemoryPlan:  # fmt: skip
     """Rehearse a run of the recipe: some seconds, and no memory for weights or activations.
 
@@ -196,12 +196,12 @@ def plan_memory(
         base, vae: transformer and VAE of the base on the meta device; they are not changed.
         text_encoder: bytes of its weights, which are alone on the GPU before all else; 0 if not known.
         conditions: condition images of each image.
-        device_type: as `rehearse_step` takes it.
+        wide_perceptual: as `rehearse_step` takes it.
     """
     network, latent, subspace = build_networks(recipe, family, base, vae)
     held = (network, latent) if recipe.loss.variance_reduction else (network,)
     tensors = count_tensors(family, network, held)
-    step = rehearse_step(recipe, family, network, latent, subspace, conditions, device_type)
+    step = rehearse_step(recipe, family, network, latent, subspace, conditions, wide_perceptual)
     drawing = rehearse_drawing(recipe, family, network, subspace, recipe.train.batch_size)
     encoding, decoding = rehearse_vae(recipe, family, vae, recipe.train.batch_size)
     return MemoryPlan(recipe, text_encoder, tensors, step, drawing, encoding, decoding, conditions)

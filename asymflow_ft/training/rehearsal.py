@@ -185,13 +185,13 @@ class Step:
 
 def rehearse_step(
     recipe: Recipe, family: ModuleType, network: ModelMixin, base: ModelMixin, subspace: PixelSubspace,
-    conditions: int = 0, device_type: str = "cuda",
+    conditions: int = 0, wide_perceptual: bool = False,
 ) -> Step:  # fmt: skip
     """One micro-batch of the recipe at its full resolution.
 
     Args:
         conditions: condition images of each image.
-        device_type: "cpu" rehearses the perceptual term in the precision that it has there.
+        wide_perceptual: the perceptual term in float32, as on a CPU.
         network: the network to train, on the meta device; its tensors become fake. base: the latent base, likewise.
     """
     dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
@@ -232,7 +232,7 @@ def rehearse_step(
             marks.append((meter.peak, meter.flops))
             peaks.append(meter.take_peak())
             image.register_hook(lambda gradient: peaks.append(meter.take_peak()))  # its backward pass is done
-            with torch.autocast("cpu", torch.bfloat16, enabled=device_type != "cpu"):
+            with torch.autocast("cpu", torch.bfloat16, enabled=not wide_perceptual):
                 return image_by_image(vgg)(image, target).float()
 
         with Meter(held) as meter:
