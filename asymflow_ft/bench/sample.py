@@ -160,10 +160,11 @@ def bench_sample(architecture: Architecture, options: Options, device: torch.dev
     vae = random_vae(architecture, dtype, device)
     rank, patch = family.GEOMETRY
     grid, count, repeats = (side // patch, side // patch), options.batch, options.repeats
-    if quantised:
-        quantize_frozen(base, options.quant, family.TRAINED_ENDS, device)
+    lifted = family.lift(base, random_subspace(architecture))
+    for network in (base, lifted) if quantised else ():  # quantised weights cannot be lifted
+        quantize_frozen(network, options.quant, family.TRAINED_ENDS, device)
     stock = stock_pipeline(architecture, base, vae)
-    pixels = pixel_pipeline(architecture, stock, family.lift(base, random_subspace(architecture))).to(device)
+    pixels = pixel_pipeline(architecture, stock, lifted).to(device)
     embeds = random_embeds(architecture, 2 * count, dtype).to(device)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(count, 3, side, side, generator=generator)

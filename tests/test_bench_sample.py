@@ -1,0 +1,53 @@
+"""`asymflow-ft bench sample` at its smallest: what it draws, with which weights, and what its figures say."""
+
+import json
+
+import pytest
+from torch import nn
+
+from asymflow_ft import cli
+from asymflow_ft.bench import sample
+from asymflow_ft.families import flux2
+
+
+def run(out, *options):
+    assert cli.main(["bench", "sample", "--resolution", "64", "--out", str(out), *options]) == 0
+    return json.loads((out / "bench.json").read_text())
+
+
+@pytest.mark.parametrize("batch_guidance", [False, True])
+def test_the_sampling_benchmark(batch_guidance, capsys, tmp_path, monkeypatch):
+    batches, forward = [], flux2.TRANSFORMER.forward
+    monkeypatch.setattr(
+        flux2.TRANSFORMER, "forward",
+        lambda network, **inputs: batches.append(len(inputs["hidden_states"])) or forward(network, **inputs),
+    )  # fmt: skip
+    result = run(tmp_path, "--repeats", "2", *(["--batch-guidance"] if batch_guidance else []))
+    turns = 2 + 2  # with the warm-up; the stock pipeline has two calls a step whatever is asked
+    assert batches.count(2) == turns * (1 + 6 * batch_guidance)
+    assert batches.count(1) == turns * (2 + 2 * 6 + 2 * 6 * (not batch_guidance))
+    eager = result["eager"]
+    assert eager["pixel"]["step"]["repeats"] == eager["latent"]["step"]["repeats"] == 2 * 5
+    for kind in ("pixel", "latent"):
+        own = eager[kind]
+        assert own["network"]["processor"] / own["step"]["processor"] == pytest.approx(1 - own["outside_network"])
+        assert 0 < own["outside_network"] < 1
+    assert set(result["arithmetic"]) == {"recovery", "guidance", "clamp"}
+    assert "pixel over latent step" in capsys.readouterr().out and (tmp_path / "chart.png").is_file()
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_both_networks_are_quantised(kind, tmp_path, monkeypatch):
+    networks, quantize = [], sample.quantize_frozen
+
+    def watched(network, *arguments):
+        quantize(network, *arguments)
+        linears = [module for module in network.modules() if isinstance(module, nn.Linear)]
+        networks.append([type(linear.weight).__name__ for linear in linears])
+
+    monkeypatch.setattr(sample, "quantize_frozen", watched)
+    eager = run(tmp_path, "--repeats", "1", "--quant", kind)["eager"]
+    name, ends = {"nf4": "Params4bit", "int8": "Int8Params"}[kind], len(flux2.TRAINED_ENDS)
+    assert networks[0] == networks[1] and len(networks) == 2
+    assert networks[0].count(name) == len(networks[0]) - ends
+    assert eager["pixel_over_latent"] > 0
