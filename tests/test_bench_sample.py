@@ -1,12 +1,15 @@
-"""`asymflow-ft bench sample` at its smallest: what it draws, with which weights, and what its figures say."""
+"""`asymflow-ft bench sample` at its smallest: what it draws, with which weights, and what its figures say; and the
+rates of the data sheets."""
 
 import json
 
 import pytest
+import torch
 from torch import nn
 
 from asymflow_ft import cli
 from asymflow_ft.bench import sample
+from asymflow_ft.bench.limits import peak_rate
 from asymflow_ft.families import flux2
 
 
@@ -51,3 +54,23 @@ def test_both_networks_are_quantised(kind, tmp_path, monkeypatch):
     assert networks[0] == networks[1] and len(networks) == 2
     assert networks[0].count(name) == len(networks[0]) - ends
     assert eager["pixel_over_latent"] > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H200", 989),
+        ("NVIDIA H200 NVL", 835),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 4090 D", None),
+        ("NVIDIA GH200 480GB", None),
+        ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", None),
+    ],
+)
+def test_a_data_sheet_is_of_one_card_and_of_bf16(name, tflops, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    card = torch.device("cuda", 0)
+    assert peak_rate(card, torch.bfloat16) == (tflops and tflops * 1e12)
+    assert peak_rate(card, torch.float32) is None and peak_rate(torch.device("cpu"), torch.bfloat16) is None
