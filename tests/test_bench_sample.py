@@ -2,6 +2,7 @@
 rates of the data sheets."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -37,6 +38,50 @@ def test_the_sampling_benchmark(batch_guidance, capsys, tmp_path, monkeypatch):
         assert 0 < own["outside_network"] < 1
     assert set(result["arithmetic"]) == {"recovery", "guidance", "clamp"}
     assert "pixel over latent step" in capsys.readouterr().out and (tmp_path / "chart.png").is_file()
+
+
+class Work(nn.Module):
+    """A network and a scheduler, each call of which takes a GPU `milliseconds`."""
+
+    def __init__(self, gpu, milliseconds):
+        super().__init__()
+        self.gpu, self.milliseconds = gpu, milliseconds
+
+    def forward(self):
+        self.gpu.clock += self.milliseconds
+
+    step = forward
+
+
+def test_a_gpu_is_waited_for_once_a_picture(monkeypatch):
+    gpu = SimpleNamespace(clock=0.0, waited=0)
+
+    class Event:
+        def __init__(self, enable_timing=False):
+            self.timed = enable_timing
+
+        def record(self):
+            self.at, self.waited = gpu.clock, gpu.waited
+
+        def elapsed_time(self, end):
+            assert self.timed and end.timed and end.waited < gpu.waited  # or CUDA says that it has not happened
+            return end.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(sample, "synchronise", lambda device: vars(gpu).update(waited=gpu.waited + 1))
+    pipeline = SimpleNamespace(transformer=Work(gpu, 40), scheduler=Work(gpu, 3))
+
+    def picture():
+        for _ in range(3):
+            pipeline.transformer(), pipeline.transformer(), pipeline.scheduler.step()
+
+    with sample.traced(pipeline, torch.device("cuda")) as draw:
+        for count in (1, 2):
+            trace = draw(picture)
+            assert gpu.waited == count
+            assert [wall for wall, _ in trace.steps] == pytest.approx([0.083] * 2)
+            assert [wall for wall, _ in trace.network] == pytest.approx([0.080] * 2)
+            assert [wall for wall, _ in trace.first] == pytest.approx([0.083])
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])

@@ -35,24 +35,38 @@ STEPS = 6  # of a picture; the first one is set-up, and kept apart
 WARMUP = 2
 
 
-Moment = tuple[float, float]  # as `now` gives it
+Span = tuple[float, float]  # seconds, by both clocks of `now`
+Moment = tuple[float | torch.cuda.Event, float]
 
 
 @dataclass
 class Trace:
-    """Seconds, by both clocks, of the solver steps of some pictures; of their first steps with the set-up; and inside
-    the network."""
+    """Solver steps of some pictures; their first steps with the set-up; and what of a step is inside the network."""
 
-    steps: list[Moment]
-    first: list[Moment]
-    network: list[Moment]
-
-
-def _since(before: Moment, after: Moment) -> Moment:
-    return after[0] - before[0], after[1] - before[1]
+    steps: list[Span]
+    first: list[Span]
+    network: list[Span]
 
 
-def _timing(spans: list[Moment]) -> Timing:
+def _moment(device: torch.device) -> Moment:
+    """Now. On a GPU the wall's clock is an event in its stream, as in a `Stopwatch`: waiting for the GPU in every step
+    would add the launch of the next kernels to it, which otherwise hides behind the work."""
+    if device.type != "cuda":
+        synchronise(device)
+        return now()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event, now()[1]
+
+
+def _since(before: Moment, after: Moment) -> Span:
+    """What is between; events must have happened."""
+    (begin, own), (end, own_after) = before, after
+    wall = begin.elapsed_time(end) / 1000 if isinstance(begin, torch.cuda.Event) else end - begin  # type: ignore
+    return wall, own_after - own
+
+
+def _timing(spans: list[Span]) -> Timing:
     return summary([wall for wall, _ in spans], processor=[own for _, own in spans])
 
 
@@ -65,27 +79,24 @@ def traced(pipeline: DiffusionPipeline, device: torch.device) -> Iterator[Callab
     left: list[Moment] = []
     step = pipeline.scheduler.step
 
-    def mark(moments: list[Moment]) -> None:
-        synchronise(device)
-        moments.append(now())
-
     def watched(*arguments: Any, **options: Any) -> Any:
         out = step(*arguments, **options)
-        mark(marks)
+        marks.append(_moment(device))
         return out
 
     def draw(picture: Callable[[], object]) -> Trace:
         marks.clear(), entered.clear(), left.clear()
-        started = now()
+        started = _moment(device)
         picture()
+        synchronise(device)
         inside = [_since(*span) for span in zip(entered, left, strict=True)]
         calls = len(inside) // len(marks)
         each = [tuple(map(sum, zip(*inside[i : i + calls], strict=True))) for i in range(calls, len(inside), calls)]
         return Trace([_since(*pair) for pair in pairwise(marks)], [_since(started, marks[0])], each)
 
     hooks = [
-        pipeline.transformer.register_forward_pre_hook(lambda *_: mark(entered)),
-        pipeline.transformer.register_forward_hook(lambda *_: mark(left)),
+        pipeline.transformer.register_forward_pre_hook(lambda *_: entered.append(_moment(device))),
+        pipeline.transformer.register_forward_hook(lambda *_: left.append(_moment(device))),
     ]
     pipeline.scheduler.step = watched
     try:
