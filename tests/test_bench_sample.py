@@ -27,9 +27,11 @@ def test_the_sampling_benchmark(batch_guidance, capsys, tmp_path, monkeypatch):
         lambda network, **inputs: batches.append(len(inputs["hidden_states"])) or forward(network, **inputs),
     )  # fmt: skip
     result = run(tmp_path, "--repeats", "2", *(["--batch-guidance"] if batch_guidance else []))
-    turns = 2 + 2  # with the warm-up; the stock pipeline has two calls a step whatever is asked
-    assert batches.count(2) == turns * (1 + 6 * batch_guidance)
-    assert batches.count(1) == turns * (2 + 2 * 6 + 2 * 6 * (not batch_guidance))
+    pairs = 2 + 2  # with the warm-up
+    steps = 6 * (pairs + 1)  # with the picture whose memory is taken
+    assert batches.count(2) == pairs + steps * batch_guidance
+    # the stock pipeline has two calls a step whatever is asked
+    assert batches.count(1) == 2 * pairs + 2 * steps + 2 * steps * (not batch_guidance)
     eager = result["eager"]
     assert eager["pixel"]["step"]["repeats"] == eager["latent"]["step"]["repeats"] == 2 * 5
     for kind in ("pixel", "latent"):
@@ -38,6 +40,18 @@ def test_the_sampling_benchmark(batch_guidance, capsys, tmp_path, monkeypatch):
         assert 0 < own["outside_network"] < 1
     assert set(result["arithmetic"]) == {"recovery", "guidance", "clamp"}
     assert "pixel over latent step" in capsys.readouterr().out and (tmp_path / "chart.png").is_file()
+
+
+def test_memory_of_drawing(tmp_path, capsys):
+    plain, batched = (run(tmp_path, "--repeats", "1", *options)["memory"] for options in ((), ("--batch-guidance",)))
+    wider_ends = 2 * 192 * (768 - 128) * 4  # bytes: both end layers of the tiny network, from 128 values to 768
+    assert plain["pixel"]["network"] - plain["latent"]["network"] == wider_ends
+    assert batched["latent"] == plain["latent"]
+    pixel, latent = plain["pixel"]["drawing"], plain["latent"]["drawing"]
+    picture = 3 * 64 * 64 * 4
+    assert 0 < pixel - latent < 10 * picture  # the solver's states; the network holds the same
+    assert batched["pixel"]["drawing"] - pixel == pytest.approx(latent, rel=0.2)  # a second picture in the network
+    assert "memory: pixel step" in capsys.readouterr().out
 
 
 class Work(nn.Module):
@@ -94,11 +108,13 @@ def test_both_networks_are_quantised(kind, tmp_path, monkeypatch):
         networks.append([type(linear.weight).__name__ for linear in linears])
 
     monkeypatch.setattr(sample, "quantize_frozen", watched)
-    eager = run(tmp_path, "--repeats", "1", "--quant", kind)["eager"]
+    result = run(tmp_path, "--repeats", "1", "--quant", kind)
     name, ends = {"nf4": "Params4bit", "int8": "Int8Params"}[kind], len(flux2.TRAINED_ENDS)
     assert networks[0] == networks[1] and len(networks) == 2
     assert networks[0].count(name) == len(networks[0]) - ends
-    assert eager["pixel_over_latent"] > 0
+    assert result["eager"]["pixel_over_latent"] > 0
+    most = {"nf4": 4.1e6, "int8": 6.6e6}[kind]  # bytes, of 21.4 MB in float32
+    assert all(held["network"] < most for held in result["memory"].values())
 
 
 @pytest.mark.parametrize(
