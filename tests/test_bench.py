@@ -229,29 +229,6 @@ def test_parts_are_the_whole_and_memory_is_the_plan(perceptual, capsys, tmp_path
     assert "  recompute" in shown and "MFU not measured" in shown
 
 
-@pytest.mark.parametrize("batch_guidance", [False, True])
-def test_the_sampling_benchmark(batch_guidance, capsys, tmp_path, monkeypatch):
-    batches, forward = [], flux2.TRANSFORMER.forward
-    monkeypatch.setattr(
-        flux2.TRANSFORMER, "forward",
-        lambda network, **inputs: batches.append(len(inputs["hidden_states"])) or forward(network, **inputs),
-    )  # fmt: skip
-    options = ["--resolution", "64", "--repeats", "2", "--out", str(tmp_path)]
-    assert cli.main(["bench", "sample", *options, *(["--batch-guidance"] if batch_guidance else [])]) == 0
-    turns = 2 + 2  # with the warm-up; the stock pipeline has two calls a step whatever is asked
-    assert batches.count(2) == turns * (1 + 6 * batch_guidance)
-    assert batches.count(1) == turns * (2 + 2 * 6 + 2 * 6 * (not batch_guidance))
-    result = json.loads((tmp_path / "bench.json").read_text())
-    eager = result["eager"]
-    assert eager["pixel"]["step"]["repeats"] == eager["latent"]["step"]["repeats"] == 2 * 5
-    for kind in ("pixel", "latent"):
-        own = eager[kind]
-        assert own["network"]["processor"] / own["step"]["processor"] == pytest.approx(1 - own["outside_network"])
-        assert 0 < own["outside_network"] < 1
-    assert set(result["arithmetic"]) == {"recovery", "guidance", "clamp"}
-    assert "pixel over latent step" in capsys.readouterr().out and (tmp_path / "chart.png").is_file()
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -56,6 +56,12 @@ def test_cache_from_filling_to_waiting(tmp_path, capsys):
     assert "waits for data: " in capsys.readouterr().out
 
 
+def test_the_smallest_cache(tmp_path):
+    """Its first size is one picture, and a run needs one to train on."""
+    options = ["--images", "2", "--resolution", "64", "--perceptual", "none", "--rank", "2", "--precision", "no"]
+    assert list(run("cache", tmp_path, *options, "--warmup", "0")["starts"]) == ["1", "2"]
+
+
 def test_sizes_that_cannot_be(capsys):
     for what in ("align", "cache"):
         assert cli.main(["bench", what, "--images", "1"]) == 1

@@ -127,7 +127,7 @@ def starting(
         folder, patch = Path(place), architecture.family.GEOMETRY[1]
         recipe = replace(
             recipe, base=str(folder / "base"), output_dir=str(folder / "run"),
-            data=Data(source=str(folder / "images/metadata.jsonl"), resolution=patch, held_out=1),
+            data=Data(source=str(folder / "images/metadata.jsonl"), resolution=patch, held_out=0),
             sample=replace(recipe.sample, prompts=str(folder / "prompts.txt")),
         )  # fmt: skip
         make_entries_on_disk(recipe, architecture, count, accelerator)

@@ -16,10 +16,14 @@ from asymflow_ft.training.memory import MemoryPlan
 Bench = Callable[[Architecture, Options, torch.device], dict[str, Any]]
 
 WARMUP = 3
-# Dense bf16 with float32 sums, from the makers' data sheets, by a piece of the name that the driver gives.
+# Dense bf16 with float32 sums, from the makers' data sheets, by the whole name that the driver gives: a card with more
+# in its name ("NVL", "Laptop GPU", "D", "MIG 1g.10gb") is another one.
 PEAKS = {
-    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12,
-    "RTX 4090": 165e12, "RTX 3090": 71e12,
+    "NVIDIA B200": 2250e12, "NVIDIA H200": 989e12, "NVIDIA H200 NVL": 835e12, "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H100 NVL": 835e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA A100-PCIE-40GB": 312e12, "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA L40S": 362e12, "NVIDIA L4": 121e12, "NVIDIA RTX A6000": 154.8e12, "NVIDIA GeForce RTX 5090": 209.5e12,
+    "NVIDIA GeForce RTX 4090": 165.2e12, "NVIDIA GeForce RTX 3090": 71e12,
 }  # fmt: skip
 
 
@@ -45,12 +49,11 @@ def time_matmul(
     return 2 * rows * inputs * outputs * calls, measure(work, repeats, WARMUP, device)
 
 
-def peak_rate(device: torch.device) -> float | None:
-    """Operations per second of the data sheet, of cards that we know."""
-    if device.type != "cuda":
+def peak_rate(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Operations per second of the data sheet in bf16, of cards that we know; None for any other precision."""
+    if device.type != "cuda" or dtype != torch.bfloat16:
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((rate for piece, rate in PEAKS.items() if piece in name), None)
+    return PEAKS.get(torch.cuda.get_device_name(device))
 
 
 class NotEnoughMemory(ValueError):

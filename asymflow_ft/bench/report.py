@@ -124,6 +124,8 @@ def sample_table(result: Mapping[str, Any]) -> str:
             f"{name}: pixel over latent step {figures['pixel_over_latent']:.3f}; guidance as one batch over two calls "
             f"{pairs['one_batch_over_two_calls']:.3f}"
         )
+    for kind, held in result["memory"].items():
+        rows += [[f"memory: {kind} step", size(held["network"] + held["drawing"]), f"network {size(held['network'])}"]]
     rows += [[f"arithmetic: {name}", *spread(timing)] for name, timing in result["arithmetic"].items()]
     rows += [[f"decode: {name}", *spread(timing)] for name, timing in result["decode"].items()]
     lines.append(f"recovery, guidance and clamp: {result['arithmetic_share']:.1%} of an eager pixel step")

@@ -1,6 +1,6 @@
 """One solver step of drawing in pixels against one of the stock pipeline in latents, with as many tokens each."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -20,6 +20,7 @@ from asymflow_ft.bench.architectures import (
     stock_pipeline,
 )
 from asymflow_ft.bench.clock import Timing, interleaved, measure, now, ratio, summary
+from asymflow_ft.bench.step import frozen_bytes
 from asymflow_ft.bench.workload import Options, resolution_of
 from asymflow_ft.components.color import PixelCodec
 from asymflow_ft.components.pipelines import CFG_SCALE, PixelPipelineMixin, flow_solver
@@ -29,30 +30,45 @@ from asymflow_ft.families.base import compile_blocks
 from asymflow_ft.method.asymflow import recover_velocity
 from asymflow_ft.method.guidance import clamp_velocity, guide
 from asymflow_ft.method.patches import to_image, to_tokens
+from asymflow_ft.training.rehearsal import Meter
 from asymflow_ft.training.run import synchronise
 
 STEPS = 6  # of a picture; the first one is set-up, and kept apart
 WARMUP = 2
 
 
-Moment = tuple[float, float]  # as `now` gives it
+Span = tuple[float, float]  # seconds, by both clocks of `now`
+Moment = tuple[float | torch.cuda.Event, float]
 
 
 @dataclass
 class Trace:
-    """Seconds, by both clocks, of the solver steps of some pictures; of their first steps with the set-up; and inside
-    the network."""
+    """Solver steps of some pictures; their first steps with the set-up; and what of a step is inside the network."""
 
-    steps: list[Moment]
-    first: list[Moment]
-    network: list[Moment]
-
-
-def _since(before: Moment, after: Moment) -> Moment:
-    return after[0] - before[0], after[1] - before[1]
+    steps: list[Span]
+    first: list[Span]
+    network: list[Span]
 
 
-def _timing(spans: list[Moment]) -> Timing:
+def _moment(device: torch.device) -> Moment:
+    """Now. On a GPU the wall's clock is an event in its stream, as in a `Stopwatch`: waiting for the GPU in every step
+    would add the launch of the next kernels to it, which otherwise hides behind the work."""
+    if device.type != "cuda":
+        synchronise(device)
+        return now()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event, now()[1]
+
+
+def _since(before: Moment, after: Moment) -> Span:
+    """What is between; events must have happened."""
+    (begin, own), (end, own_after) = before, after
+    wall = begin.elapsed_time(end) / 1000 if isinstance(begin, torch.cuda.Event) else end - begin  # type: ignore
+    return wall, own_after - own
+
+
+def _timing(spans: list[Span]) -> Timing:
     return summary([wall for wall, _ in spans], processor=[own for _, own in spans])
 
 
@@ -65,27 +81,24 @@ def traced(pipeline: DiffusionPipeline, device: torch.device) -> Iterator[Callab
     left: list[Moment] = []
     step = pipeline.scheduler.step
 
-    def mark(moments: list[Moment]) -> None:
-        synchronise(device)
-        moments.append(now())
-
     def watched(*arguments: Any, **options: Any) -> Any:
         out = step(*arguments, **options)
-        mark(marks)
+        marks.append(_moment(device))
         return out
 
     def draw(picture: Callable[[], object]) -> Trace:
         marks.clear(), entered.clear(), left.clear()
-        started = now()
+        started = _moment(device)
         picture()
+        synchronise(device)
         inside = [_since(*span) for span in zip(entered, left, strict=True)]
         calls = len(inside) // len(marks)
         each = [tuple(map(sum, zip(*inside[i : i + calls], strict=True))) for i in range(calls, len(inside), calls)]
         return Trace([_since(*pair) for pair in pairwise(marks)], [_since(started, marks[0])], each)
 
     hooks = [
-        pipeline.transformer.register_forward_pre_hook(lambda *_: mark(entered)),
-        pipeline.transformer.register_forward_hook(lambda *_: mark(left)),
+        pipeline.transformer.register_forward_pre_hook(lambda *_: entered.append(_moment(device))),
+        pipeline.transformer.register_forward_hook(lambda *_: left.append(_moment(device))),
     ]
     pipeline.scheduler.step = watched
     try:
@@ -128,6 +141,19 @@ def draw_both(
     return traces, cold
 
 
+def drawing_memory(picture: Callable[[], object], held: Iterable[Tensor], device: torch.device) -> int:
+    """Most bytes that drawing a picture takes beside what is there already: on a GPU of the allocator's memory, on a
+    CPU of tensors; `held` are those that are there."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        picture()
+        return torch.cuda.max_memory_allocated(device) - before
+    with Meter(held) as meter:
+        picture()
+    return meter.peak
+
+
 def arithmetic(pipeline: Any, tokens: Tensor, grid: tuple[int, int], repeats: int) -> dict[str, Timing]:
     """What a guided pixel step does outside the network and the solver, each alone."""
     basis, scale = pipeline.subspace.float32()
@@ -160,10 +186,12 @@ def bench_sample(architecture: Architecture, options: Options, device: torch.dev
     vae = random_vae(architecture, dtype, device)
     rank, patch = family.GEOMETRY
     grid, count, repeats = (side // patch, side // patch), options.batch, options.repeats
-    if quantised:
-        quantize_frozen(base, options.quant, family.TRAINED_ENDS, device)
+    lifted = family.lift(base, random_subspace(architecture)).requires_grad_(False)
+    for network in (base, lifted) if quantised else ():  # quantised weights cannot be lifted
+        quantize_frozen(network, options.quant, family.TRAINED_ENDS, device)
+    networks = {"pixel": frozen_bytes(lifted), "latent": frozen_bytes(base)}  # int8 weights move at their first call
     stock = stock_pipeline(architecture, base, vae)
-    pixels = pixel_pipeline(architecture, stock, family.lift(base, random_subspace(architecture))).to(device)
+    pixels = pixel_pipeline(architecture, stock, lifted).to(device)
     embeds = random_embeds(architecture, 2 * count, dtype).to(device)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(count, 3, side, side, generator=generator)
@@ -194,6 +222,13 @@ def bench_sample(architecture: Architecture, options: Options, device: torch.dev
         result[name] = {kind: _figures(trace, cold[kind], device) for kind, trace in traces.items()}
         pixel_step, latent_step = (_timing(traces[kind].steps) for kind in ("pixel", "latent"))
         result[name]["pixel_over_latent"] = ratio(pixel_step, latent_step, device)
+        if name == "eager":  # after pictures that made what libraries keep; of compiled code a CPU sees no tensors
+            held = [noise, latent_noise, embeds, *pixels.subspace.buffers()]
+            held += [tensor for network in (lifted, base) for tensor in (*network.parameters(), *network.buffers())]
+            result["memory"] = {
+                kind: {"network": networks[kind], "drawing": drawing_memory(draw, held, device)}
+                for kind, (_, draw) in works.items()
+            }
         result[name]["pairs"] = _pairs(pixels, to_tokens(noise.to(device), patch), embeds, grid, options)
 
     tokens = to_tokens(noise.to(device), patch)

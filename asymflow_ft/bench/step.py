@@ -293,7 +293,7 @@ def bench_step(architecture: Architecture, options: Options, device: torch.devic
     forwards = 4 if run.reference is not None else 3
     floor = forwards * plan.step.forward_flops
     instead = multiplied * ratio(step, product, device)  # operations of such products in the time of a step
-    peak, speed = peak_rate(device), plan.step.flops / step.median
+    peak, speed = peak_rate(device, base_dtype(recipe)), plan.step.flops / step.median
     return {
         "what": "step", "architecture": architecture.name, "options": asdict(options), "recipe": asdict(recipe.train),
         "resolution": recipe.data.resolution, "tokens": tokens,

@@ -123,9 +123,10 @@ def text_dim(transformer: Flux2Transformer2DModel) -> int:
 
 
 def _ids(grid: Grid, time: int, device: torch.device) -> Tensor:
-    """Position ids (time, row, column, 0) of a token grid, (h * w, 4)."""
-    axes = (torch.tensor([time]), torch.arange(grid[0]), torch.arange(grid[1]), torch.tensor([0]))
-    return torch.cartesian_prod(*axes).to(device)
+    """Position ids (time, row, column, 0) of a token grid, (h * w, 4). Made where they are used: a GPU would wait for
+    the copy, in every call."""
+    axes = ((time, time + 1), (0, grid[0]), (0, grid[1]), (0, 1))
+    return torch.cartesian_prod(*(torch.arange(*ends, device=device) for ends in axes))
 
 
 def predict(
