@@ -11,7 +11,7 @@ from accelerate import Accelerator
 
 from asymflow_ft import demo, finetune
 from asymflow_ft.align import align, describe
-from asymflow_ft.bench import report
+from asymflow_ft.bench import charts, report
 from asymflow_ft.bench.align import bench_align
 from asymflow_ft.bench.architectures import find_architecture
 from asymflow_ft.bench.cache import bench_cache
@@ -230,7 +230,7 @@ def run_compare_runs(args: argparse.Namespace) -> None:
 
 
 def run_bench(args: argparse.Namespace) -> None:
-    if args.out is not None and (args.out.is_file() or (args.out / report.FIGURES).exists()):
+    if args.out is not None and (args.out.is_file() or (args.out / charts.FIGURES).exists()):
         raise ValueError(f"{args.out} is a file, or holds an earlier benchmark; name another folder, or remove it")
     device = process_state().device
     given = {name: value for name, value in vars(args).items() if name in TRAINING | DRAWING | ALIGNING}
@@ -267,7 +267,7 @@ def run_bench(args: argparse.Namespace) -> None:
         ) from error
     print(report.TABLES[result["what"]](result))
     if args.out:
-        report.save(args.out, result, on)
+        charts.save(args.out, result, on)
         print(f"\nbench.json and chart.png in {args.out}")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from asymflow_ft.bench.report import growth_lines, sweep_panels
+from asymflow_ft.bench.charts import growth_lines, sweep_panels
 
 *sweeps, align, cache = (json.loads((Path(folder) / "bench.json").read_text()) for folder in sys.argv[1:])
 figure = Figure(figsize=(8, 9), layout="constrained")

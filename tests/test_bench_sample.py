@@ -43,7 +43,8 @@ def test_the_sampling_benchmark(batch_guidance, capsys, tmp_path, monkeypatch):
 
 
 def test_memory_of_drawing(tmp_path, capsys):
-    plain, batched = (run(tmp_path, "--repeats", "1", *options)["memory"] for options in ((), ("--batch-guidance",)))
+    plain = run(tmp_path / "plain", "--repeats", "1")["memory"]
+    batched = run(tmp_path / "batched", "--repeats", "1", "--batch-guidance")["memory"]
     wider_ends = 2 * 192 * (768 - 128) * 4  # bytes: both end layers of the tiny network, from 128 values to 768
     assert plain["pixel"]["network"] - plain["latent"]["network"] == wider_ends
     assert batched["latent"] == plain["latent"]

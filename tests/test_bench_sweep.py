@@ -13,9 +13,10 @@ from PIL import Image
 from asymflow_ft import cli
 from asymflow_ft.bench import sweep
 from asymflow_ft.bench.architectures import NAMED
+from asymflow_ft.bench.charts import sweep_chart
 from asymflow_ft.bench.growth import fit_growth
 from asymflow_ft.bench.limits import NotEnoughMemory
-from asymflow_ft.bench.report import sweep_chart, sweep_table
+from asymflow_ft.bench.report import sweep_table
 from asymflow_ft.bench.step import bench_step
 from asymflow_ft.bench.sweep import bench_sweep, parse_sweep, total_memory
 from asymflow_ft.bench.workload import Options

@@ -47,7 +47,7 @@ def step_targets(step: Mapping[str, Any], base: str) -> list[Target]:
         Target(f"step over floor{base}", 1.35, step["over_floor"]),
         Target(
             f"MFU of a step{base}", 50, None if mfu is None else 100 * mfu, " %", at_least=True,
-            why="no data sheet of this device",
+            why="no data sheet for this device in bf16",
         ),
     ]  # fmt: skip
 
