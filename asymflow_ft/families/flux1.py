@@ -136,12 +136,13 @@ def predict(
     config = network.config
     pooled, text = split_pooled(cond.embeds, config.pooled_projection_dim)
     value = DISTILLED_GUIDANCE if cond.guidance is None else cond.guidance
-    positions = torch.cartesian_prod(torch.tensor([0]), torch.arange(grid[0]), torch.arange(grid[1]))
+    # made where they are used: a GPU would wait for the copy, in every call
+    positions = torch.cartesian_prod(*(torch.arange(end, device=tokens.device) for end in (1, *grid)))
     with autocast(tokens, cond), exact_time(network.time_text_embed, 1000 * tau):
         out = transformer(
             hidden_states=tokens, encoder_hidden_states=text, pooled_projections=pooled, timestep=tau,
             guidance=tau.new_full(tau.shape, value) if config.guidance_embeds else None,
-            img_ids=positions.to(tokens.device), txt_ids=tokens.new_zeros(text.shape[1], 3), return_dict=False,
+            img_ids=positions, txt_ids=tokens.new_zeros(text.shape[1], 3), return_dict=False,
         )[0]  # fmt: skip
     return out.to(tokens.dtype)
 
