@@ -4,7 +4,7 @@ import difflib
 import inspect
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -32,7 +32,8 @@ class Architecture:
     """A latent base by its configs alone.
 
     transformer, vae: configs as diffusers saves them. text_length: rows of a text embedding. resolution: side of a
-    picture in pixels, unless something else is asked for.
+    picture in pixels, unless something else is asked for. step_gb: targets for the memory of a training step (LoRA of
+    rank 256, batch 1, `resolution`), by precision of the base.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Architecture:
     vae: Mapping[str, Any]
     text_length: int = 512
     resolution: int = 1024
+    step_gb: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def guidance(self) -> float | None:
@@ -63,12 +65,12 @@ NAMED = {
     "klein-4b": Architecture(
         "klein-4b", flux2,
         _FLUX2 | {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680},
-        _VAE,
+        _VAE, step_gb={"full": 24, "nf4": 16},
     ),
     "klein-9b": Architecture(
         "klein-9b", flux2,
         _FLUX2 | {"num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32, "joint_attention_dim": 12288},
-        _VAE,
+        _VAE, step_gb={"nf4": 24},
     ),
 }  # fmt: skip
 

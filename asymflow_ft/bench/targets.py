@@ -13,8 +13,6 @@ from asymflow_ft.bench.sample import bench_sample
 from asymflow_ft.bench.step import ARITHMETIC, bench_step
 from asymflow_ft.bench.workload import Options
 
-# Peak memory in GB by architecture and precision of the base: LoRA rank 256, 1024 px, batch 1.
-MEMORY = {"klein-4b": {"full": 24, "nf4": 16}, "klein-9b": {"nf4": 24}}
 TOO_LITTLE = "not enough memory"
 
 
@@ -81,7 +79,7 @@ def bench_targets(architecture: Architecture, options: Options, device: torch.de
 
     # what takes least time first, since options that cannot work are found by all of them
     align, sample = figures(bench_align), figures(bench_sample)
-    limits = MEMORY.get(architecture.name, {})
+    limits = architecture.step_gb
     kinds = ["full", *(kind for kind in limits if kind != "full" and device.type == "cuda")]
     steps = {kind: figures(bench_step, kind) for kind in kinds}
     timed = [(step, "" if kind == "full" else f" ({kind} base)") for kind, step in steps.items() if step is not None]

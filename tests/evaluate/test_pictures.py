@@ -81,7 +81,8 @@ def test_pictures_that_are_not_finite_are_named(run, tmp_path, models, tiny_base
         length = int.from_bytes(handle.read(8), "little")
         metadata = json.loads(handle.read(length))["__metadata__"]
     save_file(state, file, metadata)
-    result = run(tmp_path / "out", TEXTS[:2], [], pipeline=str(tmp_path / "broken"))
+    with pytest.warns(UserWarning, match="2 of 2 pictures hold"), pytest.warns(RuntimeWarning, match="invalid value"):
+        result = run(tmp_path / "out", TEXTS[:2], [], pipeline=str(tmp_path / "broken"))
     (warning,) = [warning for warning in result.warnings if "NaN" in warning]
     assert "2 of 2 pictures of broken held NaN" in warning and f"{suite(TEXTS).prompts[1].id}-0" in warning
     assert not pictures(tmp_path / "out", "broken")["rocket", 0].any()
