@@ -289,12 +289,12 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser(
         "bench", help="measure speed and memory",
-        description="Measure with random weights, without a download: a training step, aligning, the cache, "
-        "drawing in pixels against drawing in latents, or what these reach of the toolkit's own targets. Prints a "
-        "table; --out gets bench.json and chart.png. docs/performance.md says what the rows mean.",
+        description="Measure with random weights, without a download: a training step, its memory alone, aligning, "
+        "the cache, drawing in pixels against drawing in latents, or what these reach of the toolkit's own targets. "
+        "Prints a table; --out gets bench.json and chart.png. docs/performance.md says what the rows mean.",
         argument_default=argparse.SUPPRESS,  # so that an option is seen to be given
     )  # fmt: skip
-    command.add_argument("what", choices=("step", "align", "cache", "sample", "targets"))
+    command.add_argument("what", choices=("step", "memory", "align", "cache", "sample", "targets"))
     command.add_argument(
         "--arch", default="tiny", help="tiny, 100m, klein-4b, klein-9b, or a transformer's config.json (default: tiny)"
     )
@@ -323,7 +323,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     command.add_argument(
         "--sweep", metavar="OPTION=A,B,C", default=None,
-        help="training steps at several values of resolution, batch or rank, and how time and memory grow with it",
+        help="of `step` and `memory`: at several values of resolution, batch or rank, and how the cost grows with it",
     )  # fmt: skip
     command.add_argument("--repeats", type=int, help="measured repetitions (default: 10)")
     command.add_argument("--warmup", type=int, help="training steps before those (default: 3)")

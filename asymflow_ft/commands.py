@@ -15,6 +15,8 @@ from asymflow_ft.bench import charts, report
 from asymflow_ft.bench.align import bench_align
 from asymflow_ft.bench.architectures import find_architecture
 from asymflow_ft.bench.cache import bench_cache
+from asymflow_ft.bench.limits import Bench
+from asymflow_ft.bench.memory import bench_memory
 from asymflow_ft.bench.sample import bench_sample
 from asymflow_ft.bench.step import bench_step
 from asymflow_ft.bench.sweep import bench_sweep, parse_sweep
@@ -241,8 +243,8 @@ def run_bench(args: argparse.Namespace) -> None:
         )
         raise ValueError(f"bench {args.what} has no use for {without}; it takes {taken}")
     key, values = ("", []) if args.sweep is None else parse_sweep(args.sweep)
-    if key and args.what != "step":
-        raise ValueError(f"--sweep is of training steps (bench step); bench {args.what} cannot take it")
+    if key and args.what not in SWEPT:
+        raise ValueError(f"--sweep is of training steps (bench step, bench memory); bench {args.what} cannot take it")
     if key in given:
         raise ValueError(f"--sweep {args.sweep} sets {key}, and another option does so too; leave that out")
     if "checkpointing" in given:
@@ -256,7 +258,7 @@ def run_bench(args: argparse.Namespace) -> None:
     try:
         architecture = find_architecture(args.arch)
         if key:
-            result = bench_sweep(architecture, options, device, key, values)
+            result = bench_sweep(BENCHES[args.what], architecture, options, device, key, values)
         else:
             result = BENCHES[args.what](architecture, options, device)
     except torch.OutOfMemoryError as error:
@@ -284,10 +286,13 @@ TRAINING = {
 }  # fmt: skip
 TARGETS = {"compile", "images", "repeats", "warmup"}  # all else is as the targets say
 BENCH_OPTIONS = {
-    "step": TRAINING, "align": ALIGNING, "cache": TRAINING | {"images"}, "sample": DRAWING, "targets": TARGETS,
+    "step": TRAINING, "memory": TRAINING - {"repeats", "warmup"}, "align": ALIGNING, "cache": TRAINING | {"images"},
+    "sample": DRAWING, "targets": TARGETS,
 }  # fmt: skip
-BENCHES = {
-    "step": bench_step, "align": bench_align, "cache": bench_cache, "sample": bench_sample, "targets": bench_targets,
+SWEPT = ("step", "memory")
+BENCHES: dict[str, Bench] = {
+    "step": bench_step, "memory": bench_memory, "align": bench_align, "cache": bench_cache, "sample": bench_sample,
+    "targets": bench_targets,
 }  # fmt: skip
 RUN_A_NETWORK = {"sample", "synthesize", "evaluate", "demo", "bench"}  # and finetune, which looks itself
 COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {

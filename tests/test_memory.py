@@ -12,7 +12,7 @@ from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
 from huggingface_hub.hf_api import ModelInfo
 from torch.profiler import ProfilerActivity, profile
 
-from asymflow_ft.bench.step import frozen_bytes
+from asymflow_ft.bench.run import frozen_bytes
 from asymflow_ft.components.quantize import quantize_frozen
 from asymflow_ft.families import flux2
 from asymflow_ft.families.base import transformer_on_meta, vae_on_meta

@@ -18,7 +18,8 @@ from asymflow_ft.bench.align import picture_folder
 from asymflow_ft.bench.architectures import Architecture, random_vae
 from asymflow_ft.bench.clock import Stopwatch, Timing, interleaved, measure, own_seconds, summary
 from asymflow_ft.bench.growth import fit_growth, sizes_up_to
-from asymflow_ft.bench.step import build_run, time_steps
+from asymflow_ft.bench.run import build_run
+from asymflow_ft.bench.step import time_steps
 from asymflow_ft.bench.workload import Options, make_data, make_recipe
 from asymflow_ft.components.color import rgb_tensor
 from asymflow_ft.data.buckets import fit_image

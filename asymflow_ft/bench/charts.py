@@ -18,20 +18,31 @@ def step_chart(result: Mapping[str, Any]) -> Figure:
     """Where a step's time and memory go."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
+    memory_bars(result, right)
     parts = list(result["parts"])
     left.barh(parts[::-1], [1000 * result["parts"][part]["median"] for part in parts[::-1]])
     left.axvline(1000 * result["floor"]["seconds"], color="black", linestyle=":", label="floor of the whole step")
     left.set_xlabel(f"ms of {1000 * result['step']['median']:,.1f} ms")
     left.legend(loc="lower right")
+    return figure
+
+
+def memory_chart(result: Mapping[str, Any]) -> Figure:
+    """Where a step's memory goes."""
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    memory_bars(result, figure.subplots())
+    return figure
+
+
+def memory_bars(result: Mapping[str, Any], axes: Axes) -> None:
     items = list(result["memory"])
     for shift, kind in ((0.2, "planned"), (-0.2, "measured")):
-        right.barh([i + shift for i in range(len(items))],
-                   [(result["memory"][name][kind] or 0) / 1e9 for name in items], height=0.4, label=kind)  # fmt: skip
-    right.set_yticks(range(len(items)), items)
-    right.invert_yaxis()
-    right.set_xlabel("GB")
-    right.legend()
-    return figure
+        axes.barh([i + shift for i in range(len(items))],
+                  [(result["memory"][name][kind] or 0) / 1e9 for name in items], height=0.4, label=kind)  # fmt: skip
+    axes.set_yticks(range(len(items)), items)
+    axes.invert_yaxis()
+    axes.set_xlabel("GB")
+    axes.legend()
 
 
 def sample_chart(result: Mapping[str, Any]) -> Figure:
@@ -71,15 +82,24 @@ def cache_chart(result: Mapping[str, Any]) -> Figure:
 
 
 def sweep_chart(result: Mapping[str, Any]) -> Figure:
-    """How a step's time and memory grow."""
-    figure = Figure(figsize=(10, 3.5), layout="constrained")
-    sweep_panels(result, *figure.subplots(1, 2))
+    """How a step's time and memory grow, or its memory alone."""
+    names = PANELS if result["of"] == "step" else ("memory",)
+    figure = Figure(figsize=(5 * len(names), 3.5), layout="constrained")
+    sweep_panels(result, dict(zip(names, figure.subplots(1, len(names), squeeze=False)[0], strict=True)))
     return figure
 
 
-def sweep_panels(result: Mapping[str, Any], left: Axes, right: Axes) -> None:
-    """Time and memory from zero, so that a fixed part is seen as one."""
-    for axes, name, unit, scale, shown in ((left, "step", "s a step", 1, seconds), (right, "memory", "GB", 1e9, size)):
+PANELS = {"step": ("s a step", 1, seconds), "memory": ("GB", 1e9, size)}
+
+
+def sweep_panels(result: Mapping[str, Any], panels: Mapping[str, Axes]) -> None:
+    """Costs from zero, so that a fixed part is seen as one.
+
+    Args:
+        panels: one for each cost, with a name of PANELS.
+    """
+    for name, axes in panels.items():
+        unit, scale, shown = PANELS[name]
         axes.set(xlabel=result["against"], ylabel=unit)
         if name not in result["growth"]:  # not measured, or with one value alone
             continue
@@ -129,7 +149,7 @@ def targets_chart(result: Mapping[str, Any]) -> Figure:
 
 
 CHARTS: dict[str, Callable[[Mapping[str, Any]], Figure]] = {
-    "step": step_chart, "align": align_chart, "cache": cache_chart, "sample": sample_chart,
+    "step": step_chart, "memory": memory_chart, "align": align_chart, "cache": cache_chart, "sample": sample_chart,
     "sweep": sweep_chart, "targets": targets_chart,
 }  # fmt: skip
 

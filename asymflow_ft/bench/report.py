@@ -80,21 +80,35 @@ def step_table(result: Mapping[str, Any]) -> str:
     times += [
         [f"  {part}", *spread(timing), f"{result['shares'][part]:.1%}"] for part, timing in result["parts"].items()
     ]
-    memory = [["memory", "planned", "measured"]]
-    memory += [[f"  {name}", size(item["planned"]), size(item["measured"])] for name, item in result["memory"].items()]
     per_forward = counted["step"] / counted["forward"]
     mfu = "not measured (no data sheet for this device in bf16)" if result["mfu"] is None else f"{result['mfu']:.1%}"
     shape = " x ".join(map(str, result["matmul"]["shape"]))
     lines = [
-        f"{result['parameters']:,} parameters, {result['trained']:,} trained; {result['tokens']} tokens in a batch; "
-        f"{result['samples_per_second']:.3g} samples/s",
+        f"{parameters(result)}; {result['samples_per_second']:.3g} samples/s",
         f"counted: {counted['step'] / 1e12:.3g} TFLOP a step, {per_forward:.2f} forward passes of "
         f"{counted['forward'] / 1e12:.3g}; {rate(result['tflops'])}",
         f"floor: {result['floor']['forwards']} forward passes at {rate(result['matmul']['tflops'])} (measured, "
         f"{shape}) = {seconds(result['floor']['seconds'])}; measured over floor {result['over_floor']:.2f}",
         f"share of the matmul rate {result['share_of_matmul_rate']:.1%}; MFU {mfu}",
     ]
-    return "\n\n".join([grid(times), grid(memory), "\n".join(lines)])
+    return "\n\n".join([grid(times), memory_grid(result), "\n".join(lines)])
+
+
+def parameters(result: Mapping[str, Any]) -> str:
+    return f"{result['parameters']:,} parameters, {result['trained']:,} trained; {result['tokens']} tokens in a batch"
+
+
+def memory_grid(result: Mapping[str, Any]) -> str:
+    rows = [["memory", "planned", "measured"]]
+    rows += [[f"  {name}", size(item["planned"]), size(item["measured"])] for name, item in result["memory"].items()]
+    rows += [["  all", *(size(total_memory(result, kind)) for kind in ("planned", "measured"))]]
+    if result["reserved_bytes"] is not None:
+        rows += [["reserved by the allocator", "", size(result["reserved_bytes"])]]
+    return grid(rows)
+
+
+def memory_table(result: Mapping[str, Any]) -> str:
+    return f"{memory_grid(result)}\n\n{parameters(result)}"
 
 
 def sample_table(result: Mapping[str, Any]) -> str:
@@ -169,7 +183,26 @@ def cache_table(result: Mapping[str, Any]) -> str:
     return "\n\n".join([grid(rows), "\n".join(lines)])
 
 
+def memory_sweep_table(result: Mapping[str, Any]) -> str:
+    runs = result["runs"]
+    items = list(next(run for run in runs.values() if run is not None)["memory"])
+    rows = [[result["key"], "tokens", *items, "all", "planned"]]
+    for value, run in runs.items():
+        if run is None:
+            rows += [[f"{value}: out of memory", *[""] * (len(rows[0]) - 1)]]
+            continue
+        held = [size(run["memory"][item]["measured"]) for item in items]
+        rows += [[str(value), str(run["tokens"]), *held, *(size(total_memory(run, kind))
+                                                           for kind in ("measured", "planned"))]]  # fmt: skip
+    lines = [f"against {result['against']}:"]
+    if "memory" in result["growth"]:
+        lines += [f"  memory grows {growth(result['growth']['memory'], size)}"]
+    return "\n\n".join([grid(rows), "\n".join(lines)])
+
+
 def sweep_table(result: Mapping[str, Any]) -> str:
+    if result["of"] == "memory":
+        return memory_sweep_table(result)
     found, clock = result["growth"], result["clock"]
     own = ["processor"] if clock == "processor" else []
     rows = [[result["key"], "tokens", "step", "quartiles", *own, "forward", "recompute", "backward", "memory",
@@ -220,6 +253,6 @@ def verdict(target: Mapping[str, Any]) -> str:
 
 
 TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
-    "step": step_table, "align": align_table, "cache": cache_table, "sample": sample_table,
+    "step": step_table, "memory": memory_table, "align": align_table, "cache": cache_table, "sample": sample_table,
     "sweep": sweep_table, "targets": targets_table,
 }  # fmt: skip

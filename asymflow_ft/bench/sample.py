@@ -20,7 +20,7 @@ from asymflow_ft.bench.architectures import (
     stock_pipeline,
 )
 from asymflow_ft.bench.clock import Timing, interleaved, measure, now, ratio, summary
-from asymflow_ft.bench.step import frozen_bytes
+from asymflow_ft.bench.run import frozen_bytes
 from asymflow_ft.bench.workload import Options, resolution_of
 from asymflow_ft.components.color import PixelCodec
 from asymflow_ft.components.pipelines import CFG_SCALE, PixelPipelineMixin, flow_solver

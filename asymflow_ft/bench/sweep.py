@@ -1,4 +1,4 @@
-"""The training step at several resolutions, batches or ranks, and how its time and its memory grow."""
+"""A training step, or its memory, at several resolutions, batches or ranks, and how its cost grows."""
 
 import difflib
 from collections.abc import Callable, Sequence
@@ -11,8 +11,7 @@ from tqdm import tqdm
 
 from asymflow_ft.bench.architectures import Architecture
 from asymflow_ft.bench.growth import fit_growth
-from asymflow_ft.bench.limits import figures_or_error
-from asymflow_ft.bench.step import bench_step
+from asymflow_ft.bench.limits import Bench, figures_or_error
 from asymflow_ft.bench.workload import Options, make_recipe
 
 AGAINST = {"resolution": "tokens", "batch": "samples", "rank": "rank"}  # what growth is seen against
@@ -45,10 +44,10 @@ def total_memory(run: dict[str, Any], kind: str) -> int | None:
 
 
 def bench_sweep(
-    architecture: Architecture, options: Options, device: torch.device, key: str, values: Sequence[int]
+    bench: Bench, architecture: Architecture, options: Options, device: torch.device, key: str, values: Sequence[int]
 ) -> dict[str, Any]:
-    """The figures of a training step with each of `values` for the option `key`, and how they grow, for bench.json. A
-    value that there is not enough memory for has no figures, None.
+    """The figures of `bench` (a training step, or its memory) with each of `values` for the option `key`, and how they
+    grow, for bench.json. A value that there is not enough memory for has no figures, None.
 
     Raises:
         ValueError: options that cannot work, before anything is measured.
@@ -58,7 +57,7 @@ def bench_sweep(
     for own in several.values():
         make_recipe(architecture, own, Path(), device)
     found = {
-        value: figures_or_error(bench_step, architecture, own, device)
+        value: figures_or_error(bench, architecture, own, device)
         for value, own in tqdm(several.items(), desc=key, leave=False)
     }
     measured = {value: run for value, run in found.items() if not isinstance(run, Exception)}
@@ -67,18 +66,19 @@ def bench_sweep(
     sizes = {value: run["tokens"] if key == "resolution" else value for value, run in measured.items()}
     clock = "processor" if device.type == "cpu" else "median"
     costs: dict[str, Callable[[dict[str, Any]], Any]] = {
-        "step": lambda run: run["step"][clock],
         "memory": lambda run: total_memory(run, "measured"),
         "planned memory": lambda run: total_memory(run, "planned"),
-        "operations": lambda run: run["operations"]["step"],
     }
+    if all("step" in run for run in measured.values()):
+        costs["step"] = lambda run: run["step"][clock]
+        costs["operations"] = lambda run: run["operations"]["step"]
     growth = {}
     for name, cost in costs.items():
         grown = {sizes[value]: cost(run) for value, run in measured.items()}
         if len(grown) > 1 and None not in grown.values():
             growth[name] = asdict(fit_growth(grown))
     return {
-        "what": "sweep", "architecture": architecture.name, "options": asdict(options), "key": key,
-        "against": AGAINST[key], "clock": clock, "runs": {value: measured.get(value) for value in several},
+        "what": "sweep", "of": next(iter(measured.values()))["what"], "architecture": architecture.name,
+        "options": asdict(options), "key": key, "against": AGAINST[key], "clock": clock, "runs": {value: measured.get(value) for value in several},
         "growth": growth,
     }  # fmt: skip

@@ -9,8 +9,9 @@ import torch
 from asymflow_ft.bench.align import bench_align
 from asymflow_ft.bench.architectures import Architecture
 from asymflow_ft.bench.limits import Bench, figures_or_error
+from asymflow_ft.bench.run import ARITHMETIC
 from asymflow_ft.bench.sample import bench_sample
-from asymflow_ft.bench.step import ARITHMETIC, bench_step
+from asymflow_ft.bench.step import bench_step
 from asymflow_ft.bench.workload import Options
 
 TOO_LITTLE = "not enough memory"
