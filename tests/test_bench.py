@@ -17,6 +17,7 @@ from asymflow_ft.bench import clock
 from asymflow_ft.bench import step as bench
 from asymflow_ft.bench.architectures import NAMED, find_architecture, random_transformer, transformer_on_meta
 from asymflow_ft.bench.clock import Stopwatch, Timing, interleaved, ratio, summary
+from asymflow_ft.bench.run import build_run, watched_perceptual
 from asymflow_ft.bench.workload import Options, make_recipe
 from asymflow_ft.components.quantize import quantize_frozen
 from asymflow_ft.families import flux2
@@ -131,7 +132,7 @@ def run(tmp_path_factory):
     accelerator = Accelerator(cpu=True, mixed_precision="no")
     recipe = make_recipe(NAMED["tiny"], replace(TINY, perceptual="vgg"), folder, CPU)
     recipe = replace(recipe, data=replace(recipe.data, workers=0))
-    return bench.build_run(NAMED["tiny"], recipe, accelerator, Stopwatch(CPU))
+    return build_run(NAMED["tiny"], recipe, accelerator, Stopwatch(CPU))
 
 
 class Hands:
@@ -176,7 +177,7 @@ def slow_down(run, part, hands, monkeypatch):
             hands.spend()
             return Spend.apply(image - target, hands).mean(1, keepdim=True)
 
-        monkeypatch.setattr(run, "perceptual", bench.watched_perceptual(distance, run.watch))
+        monkeypatch.setattr(run, "perceptual", watched_perceptual(distance, run.watch))
     elif part == "recovery + loss arithmetic":
         decode = run.codec.decode
         monkeypatch.setattr(run.codec, "decode", lambda pixels: hands.spend() or Spend.apply(decode(pixels), hands))
@@ -227,6 +228,22 @@ def test_parts_are_the_whole_and_memory_is_the_plan(perceptual, capsys, tmp_path
     assert result["machine"]["attention"] == os.environ.get("DIFFUSERS_ATTN_BACKEND", "native")
     shown = capsys.readouterr().out
     assert "  recompute" in shown and "MFU not measured" in shown
+
+
+@pytest.mark.parametrize("quant", ["full", "int8", "nf4"])
+def test_memory_alone_is_that_of_a_timed_step(quant, tmp_path, capsys):
+    options = ["--resolution", "64", "--rank", "8", "--precision", "bf16", "--optimizer", "adamw8bit",
+               "--perceptual", "none", "--quant", quant]  # fmt: skip
+    for what in ("memory", "step"):
+        own = ["--repeats", "1", "--warmup", "1"] if what == "step" else []
+        assert cli.main(["bench", what, *options, *own, "--out", str(tmp_path / what)]) == 0
+        if what == "memory":
+            shown = capsys.readouterr().out
+    alone, timed = (json.loads((tmp_path / what / "bench.json").read_text()) for what in ("memory", "step"))
+    assert alone["memory"] == timed["memory"] and alone["memory"]["activations"]["measured"] > 1e6
+    assert alone["tokens"] == 16 + 32 and alone["trained"] == timed["trained"]
+    assert (tmp_path / "memory/chart.png").stat().st_size > 1000
+    assert f"{sum(item['measured'] for item in alone['memory'].values()) / 1e6:.3g} MB" in shown
 
 
 @pytest.mark.parametrize(

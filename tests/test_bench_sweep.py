@@ -1,4 +1,4 @@
-"""`asymflow-ft bench step --sweep`: its rows are single runs, its growth is what was planted, and no row is lost."""
+"""`asymflow-ft bench ... --sweep`: its rows are single runs, its growth is what was planted, and no row is lost."""
 
 import json
 import runpy
@@ -10,8 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from asymflow_ft import cli
-from asymflow_ft.bench import sweep
+from asymflow_ft import cli, commands
 from asymflow_ft.bench.architectures import NAMED
 from asymflow_ft.bench.charts import sweep_chart
 from asymflow_ft.bench.growth import fit_growth
@@ -62,7 +61,8 @@ def planted(law, memory):
         timing = {"median": 1000 * law(**size), "low": 1.0, "high": 1.0, "processor": law(**size)}
         item = {"planned": memory(**size) + 5, "measured": memory(**size)}
         return {
-            "tokens": tokens, "step": timing, "memory": {"all": item, "none": {"planned": 0, "measured": 0}},
+            "what": "step", "tokens": tokens, "step": timing,
+            "memory": {"all": item, "none": {"planned": 0, "measured": 0}},
             "operations": {"step": 7 * tokens**2}, "over_floor": 1.0,
             "parts": dict.fromkeys(("reference forward", "student forward", "recompute", "backward"), timing),
         }  # fmt: skip
@@ -75,10 +75,9 @@ def planted(law, memory):
     [("resolution", [64, 128, 256], "tokens"), ("batch", [1, 2, 4], "samples"), ("rank", [2, 8, 32], "rank")],
 )
 def test_growth_is_what_was_planted(key, values, against, monkeypatch):
-    monkeypatch.setattr(sweep, "bench_step", planted(lambda **size: 3 + 0.5 * size[against],
-                                                     lambda **size: 100 + 10 * size[against]))  # fmt: skip
+    bench = planted(lambda **size: 3 + 0.5 * size[against], lambda **size: 100 + 10 * size[against])
     for device, scale in ((CPU, 1), (GPU, 1000)):
-        found = bench_sweep(NAMED["tiny"], TINY, device, key, values)
+        found = bench_sweep(bench, NAMED["tiny"], TINY, device, key, values)
         step, memory = found["growth"]["step"], found["growth"]["memory"]
         assert (step["fixed"], step["each"]) == pytest.approx((3 * scale, 0.5 * scale))
         assert (memory["fixed"], memory["each"]) == pytest.approx((100, 10)) and found["against"] == against
@@ -103,19 +102,30 @@ def test_running_out_of_memory_loses_nothing(monkeypatch, tmp_path, capsys):
             raise full[options.batch]
         return cheap(architecture, options, device)
 
-    monkeypatch.setattr(sweep, "bench_step", step)
+    monkeypatch.setitem(commands.BENCHES, "step", step)
     full = {2: torch.OutOfMemoryError("full"), 8: NotEnoughMemory("full")}
     assert cli.main([*COMMAND, "--sweep", "batch=1,2,4,8", "--out", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "bench.json").read_text())
     assert [run is None for run in found["runs"].values()] == [False, True, False, True]
     assert found["growth"]["step"]["sizes"] == [1, 4] and capsys.readouterr().out.count(": out of memory") == 2
     full = {2: torch.OutOfMemoryError("full")}
-    one_left = bench_sweep(NAMED["tiny"], TINY, CPU, "batch", [1, 2])
+    one_left = bench_sweep(step, NAMED["tiny"], TINY, CPU, "batch", [1, 2])
     assert one_left["growth"] == {} and "2: out of memory" in sweep_table(one_left)
     assert not any(axes.lines for axes in sweep_chart(one_left).axes)
     full = {1: torch.OutOfMemoryError("full"), 2: torch.OutOfMemoryError("full")}
     assert cli.main([*COMMAND, "--sweep", "batch=1,2"]) == 1
     assert "the GPU is too small for this" in capsys.readouterr().err
+
+
+def test_memory_alone(tmp_path, capsys):
+    options = ["--resolution", "64", "--perceptual", "none", "--sweep", "rank=2,4", "--out", str(tmp_path)]
+    assert cli.main(["bench", "memory", *options]) == 0
+    found = json.loads((tmp_path / "bench.json").read_text())
+    assert found["of"] == "memory" and list(found["growth"]) == ["memory", "planned memory"]
+    assert Image.open(tmp_path / "chart.png").width < 700
+    shown = capsys.readouterr().out
+    total = sum(item["measured"] for item in found["runs"]["2"]["memory"].values())
+    assert f"{total / 1e6:.3g} MB" in shown and "memory grows" in shown
 
 
 def test_values_ascend():
@@ -134,18 +144,21 @@ def test_values_ascend():
         (["step", "--sweep", "batch=0,1"], "--batch is 0; it must be 1 or more"),
         (["step", "--sweep", "batch=1,2", "--batch", "1"], "--sweep batch=1,2 sets batch, and another option"),
         (["step", "--sweep", "rank=1,2", "--full"], "--sweep rank=1,2 sets rank, and another option"),
-        (["cache", "--sweep", "batch=1,2"], "--sweep is of training steps (bench step); bench cache cannot take it"),
+        (
+            ["cache", "--sweep", "batch=1,2"],
+            "--sweep is of training steps (bench step, bench memory); bench cache cannot take it",
+        ),
     ],
 )
 def test_messages(options, message, capsys, monkeypatch):
-    monkeypatch.setattr(sweep, "bench_step", lambda *_: pytest.fail("measured before all values were looked at"))
+    monkeypatch.setitem(commands.BENCHES, "step", lambda *_: pytest.fail("measured before all values were looked at"))
     assert cli.main(["bench", *options]) == 1
     assert message in capsys.readouterr().err
 
 
 def test_the_figure_of_the_docs(monkeypatch, tmp_path):
-    monkeypatch.setattr(sweep, "bench_step", planted(lambda **size: 3.0 + size["rank"], lambda **size: 1))
-    result = {"machine": {}, **bench_sweep(NAMED["tiny"], TINY, CPU, "rank", [2, 4])}
+    bench = planted(lambda **size: 3.0 + size["rank"], lambda **size: 1)
+    result = {"machine": {}, **bench_sweep(bench, NAMED["tiny"], TINY, CPU, "rank", [2, 4])}
     line = asdict(fit_growth({1: 1.0, 10: 10.0}))
     written = (result, result, result, {"growth": line}, {"growth": {"start": line, "first look": line}})
     for number, figures in enumerate(written):

@@ -79,6 +79,6 @@ def bench_sweep(
             growth[name] = asdict(fit_growth(grown))
     return {
         "what": "sweep", "of": next(iter(measured.values()))["what"], "architecture": architecture.name,
-        "options": asdict(options), "key": key, "against": AGAINST[key], "clock": clock, "runs": {value: measured.get(value) for value in several},
-        "growth": growth,
+        "options": asdict(options), "key": key, "against": AGAINST[key], "clock": clock,
+        "runs": {value: measured.get(value) for value in several}, "growth": growth,
     }  # fmt: skip
