@@ -17,7 +17,7 @@ from asymflow_ft.bench import clock
 from asymflow_ft.bench import step as bench
 from asymflow_ft.bench.architectures import NAMED, find_architecture, random_transformer, transformer_on_meta
 from asymflow_ft.bench.clock import Stopwatch, Timing, interleaved, ratio, summary
-from asymflow_ft.bench.run import build_run, watched_perceptual
+from asymflow_ft.bench.run import build_run, frozen_bytes, watched_perceptual
 from asymflow_ft.bench.workload import Options, make_recipe
 from asymflow_ft.components.quantize import quantize_frozen
 from asymflow_ft.families import flux2
@@ -74,7 +74,7 @@ def test_repeated_weights_are_made_once_and_quantised_apart(kind):
     assert len({weight.data_ptr() for weight in linears}) == len({weight.shape for weight in linears}) < len(linears)
     for one in (network, apart):
         quantize_frozen(one, kind, flux2.TRAINED_ENDS, CPU)
-    assert bench.frozen_bytes(network) == bench.frozen_bytes(apart)
+    assert frozen_bytes(network) == bench.frozen_bytes(apart)
 
 
 def block_operations(image, text, width, mlp):
