@@ -1,6 +1,7 @@
 """What each command of asymflow-ft does: calls, prints."""
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,7 +16,7 @@ from asymflow_ft.bench import charts, report
 from asymflow_ft.bench.align import bench_align
 from asymflow_ft.bench.architectures import find_architecture
 from asymflow_ft.bench.cache import bench_cache
-from asymflow_ft.bench.limits import Bench
+from asymflow_ft.bench.limits import Bench, gpu_is_full
 from asymflow_ft.bench.memory import bench_memory
 from asymflow_ft.bench.sample import bench_sample
 from asymflow_ft.bench.step import bench_step
@@ -234,6 +235,12 @@ def run_compare_runs(args: argparse.Namespace) -> None:
 def run_bench(args: argparse.Namespace) -> None:
     if args.out is not None and (args.out.is_file() or (args.out / charts.FIGURES).exists()):
         raise ValueError(f"{args.out} is a file, or holds an earlier benchmark; name another folder, or remove it")
+    if args.out is not None:
+        try:
+            args.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"--out {args.out} cannot be made: {error}; name another folder") from error
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, so that temporary folders are removed
     device = process_state().device
     given = {name: value for name, value in vars(args).items() if name in TRAINING | DRAWING | ALIGNING}
     used = BENCH_OPTIONS[args.what]
@@ -261,7 +268,9 @@ def run_bench(args: argparse.Namespace) -> None:
             result = bench_sweep(BENCHES[args.what], architecture, options, device, key, values)
         else:
             result = BENCHES[args.what](architecture, options, device)
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not gpu_is_full(error):
+            raise
         raise ValueError(
             f"{error}\nthe GPU is too small for this. A smaller --arch needs less; `bench step` and `bench sample` do "
             "with a smaller --resolution or --batch or with --quant nf4, `bench step` also with a smaller --rank, "

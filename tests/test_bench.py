@@ -2,8 +2,11 @@
 
 import json
 import os
+import subprocess
+import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
@@ -17,6 +20,7 @@ from asymflow_ft.bench import clock
 from asymflow_ft.bench import step as bench
 from asymflow_ft.bench.architectures import NAMED, find_architecture, random_transformer, transformer_on_meta
 from asymflow_ft.bench.clock import Stopwatch, Timing, interleaved, ratio, summary
+from asymflow_ft.bench.limits import figures_or_error
 from asymflow_ft.bench.run import build_run, frozen_bytes, watched_perceptual
 from asymflow_ft.bench.workload import Options, make_recipe
 from asymflow_ft.components.quantize import quantize_frozen
@@ -56,6 +60,21 @@ def test_a_config_names_its_family(tmp_path, tiny_base):
         other.write_text(text)
         with pytest.raises(ValueError, match=r"config\.json"):
             find_architecture(str(other))
+    own = json.loads(Path(f"{tiny_base}/transformer/config.json").read_text())
+    assert find_architecture(f"{tiny_base}/transformer").transformer == own  # the folder does as well
+    vae = tmp_path / "vae/config.json"
+    vae.parent.mkdir()
+    for changes, text in (
+        ({"num_layers": "four"}, '{"_class_name": "AutoencoderKLFlux2"}'),
+        ({}, '{"_class_name": "AutoencoderFoo"}'),
+        ({}, '{"_class_name": "AutoencoderKL"}'),
+    ):
+        other.write_text(json.dumps(own | changes)), vae.write_text(text)
+        with pytest.raises(ValueError, match=r"describes no network: "):
+            find_architecture(str(other))
+    other.write_text(json.dumps(own)), vae.write_text('{"_class_name": "AutoencoderKLFlux2", "latent_channels": 16}')
+    with pytest.raises(ValueError, match="is not one that Flux2Transformer2DModel has latents of"):
+        find_architecture(str(other))
 
 
 def test_random_weights_keep_activations_near_unit_size():
@@ -74,7 +93,7 @@ def test_repeated_weights_are_made_once_and_quantised_apart(kind):
     assert len({weight.data_ptr() for weight in linears}) == len({weight.shape for weight in linears}) < len(linears)
     for one in (network, apart):
         quantize_frozen(one, kind, flux2.TRAINED_ENDS, CPU)
-    assert frozen_bytes(network) == bench.frozen_bytes(apart)
+    assert frozen_bytes(network) == frozen_bytes(apart)
 
 
 def block_operations(image, text, width, mlp):
@@ -251,6 +270,8 @@ def test_memory_alone_is_that_of_a_timed_step(quant, tmp_path, capsys):
     [
         (["--arch", "klein4b"], "did you mean klein-4b?"),
         (["--arch", "nowhere/config.json"], "cannot read nowhere/config.json"),
+        (["--resolution", "0"], "--resolution is 0; it must be 16 or a multiple of it"),
+        (["--out", "README.md/folder"], "--out README.md/folder cannot be made"),
         (["--resolution", "100"], "--resolution 100 is not a multiple of the patch, 16; the nearest is 96"),
         (["--repeats", "0"], "--repeats is 0; it must be 1 or more"),
         (["--warmup", "-1"], "--warmup is -1; it must be 0 or more"),
@@ -270,10 +291,31 @@ def test_messages(options, message, capsys, monkeypatch):
     assert message in capsys.readouterr().err
 
 
-def test_a_full_gpu_is_explained(capsys, monkeypatch):
+FULL = [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("cuBLAS: CUBLAS_STATUS_ALLOC_FAILED in a call")]
+
+
+@pytest.mark.parametrize("error", FULL, ids=["torch", "cublas"])
+def test_a_full_gpu_is_explained(error, capsys, monkeypatch):
     def full(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory.")
+        raise error
 
     monkeypatch.setitem(commands.BENCHES, "step", full)
     assert cli.main(["bench", "step"]) == 1
     assert "the GPU is too small for this" in capsys.readouterr().err
+    assert figures_or_error(full, NAMED["tiny"], TINY, CPU) is error
+    error = RuntimeError("another one")
+    with pytest.raises(RuntimeError, match="another one"):
+        figures_or_error(full, NAMED["tiny"], TINY, CPU)
+
+
+def test_sigterm_leaves_no_folder(tmp_path):
+    command = [sys.executable, "-m", "asymflow_ft.cli", "bench", "step", "--resolution", "64", "--repeats", "100000"]
+    bench = subprocess.Popen(command, env=os.environ | {"TMPDIR": str(tmp_path)}, cwd=REPOSITORY)
+    try:
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.glob("asymflow-bench-*/run/cache/*")) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        bench.terminate()
+        assert bench.wait(60) == 143 and not list(tmp_path.glob("asymflow-bench-*"))
+    finally:
+        bench.kill()

@@ -51,10 +51,11 @@ def test_errors_come_in_their_place():
             next(batches)
 
 
-def test_a_full_gpu_is_no_dead_worker():
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("cuDNN error")])
+def test_an_error_of_a_model_is_no_dead_worker(error):
     def encoding_in_this_process():
         yield batch_of(0)
-        raise torch.OutOfMemoryError("CUDA out of memory.")
+        raise error
 
-    with pytest.raises(torch.OutOfMemoryError, match=r"^CUDA out of memory\.$"):
+    with pytest.raises(type(error), match=f"^{error}$"):
         list(micro_batches(encoding_in_this_process(), lambda batch: None))

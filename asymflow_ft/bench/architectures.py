@@ -83,7 +83,7 @@ def find_architecture(name: str) -> Architecture:
     """
     if name in NAMED:
         return NAMED[name]
-    file = Path(name)
+    file = Path(name) / "config.json" if Path(name).is_dir() else Path(name)
     if file.suffix != ".json":
         near = difflib.get_close_matches(name.lower(), NAMED, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]}? " if near else ""
@@ -96,7 +96,16 @@ def find_architecture(name: str) -> Architecture:
     beside = file.absolute().parent.parent / "vae" / "config.json"
     if not beside.is_file() and family not in (flux2, flux3):
         raise ValueError(f"the VAE of {name} is not known: there is no {beside}; put the one of its base there")
-    return Architecture(name, family, transformer, _config(beside) if beside.is_file() else _VAE)
+    found = Architecture(name, family, transformer, _config(beside) if beside.is_file() else _VAE)
+    try:
+        transformer_on_meta(found)
+        vae = vae_on_meta(found)
+        fits = (family.latent_dim(vae), family.pixel_patch(vae)) == family.GEOMETRY
+    except Exception as error:  # whatever a constructor says of values that it cannot work with
+        raise ValueError(f"{file} or {beside} describes no network: {' '.join(str(error).split())}") from error
+    if not fits:
+        raise ValueError(f"the VAE of {beside} is not one that {transformer['_class_name']} has latents of")
+    return found
 
 
 def _config(file: Path) -> dict[str, Any]:

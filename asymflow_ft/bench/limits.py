@@ -38,8 +38,8 @@ def time_matmul(
 ) -> tuple[int, Timing]:
     """Operations of some matrix products of this shape, and their time."""
     rows, inputs, outputs = shape
-    x, weight = torch.randn(rows, inputs, device=device).to(dtype), torch.randn(outputs, inputs, device=device)
-    weight = weight.to(dtype)
+    x = torch.randn(rows, inputs, device=device, dtype=dtype)
+    weight = torch.randn(outputs, inputs, device=device, dtype=dtype)
     calls = 10 if device.type == "cuda" else 1  # shorter ones would measure the launch
 
     def work() -> None:
@@ -60,6 +60,12 @@ class NotEnoughMemory(ValueError):
     """The machine has less memory than a benchmark needs."""
 
 
+def gpu_is_full(error: RuntimeError) -> bool:
+    """Whether this is what a GPU without free memory answers: libraries have errors of their own for it."""
+    texts = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "out of memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
+
+
 def figures_or_error(
     bench: Bench, architecture: Architecture, options: Options, device: torch.device
 ) -> dict[str, Any] | Exception:
@@ -68,7 +74,9 @@ def figures_or_error(
         torch.compiler.reset()
     try:
         return bench(architecture, options, device)
-    except (torch.OutOfMemoryError, NotEnoughMemory) as error:
+    except (RuntimeError, NotEnoughMemory) as error:
+        if isinstance(error, RuntimeError) and not gpu_is_full(error):
+            raise
         return error.with_traceback(None)  # which holds the networks
     finally:
         gc.collect()

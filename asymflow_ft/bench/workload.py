@@ -53,8 +53,11 @@ def resolution_of(architecture: Architecture, options: Options) -> int:
     Raises:
         ValueError: the patch does not divide it, or another number cannot be worked with.
     """
-    side, patch = options.resolution or architecture.resolution, architecture.family.GEOMETRY[1]
-    if side < patch or side % patch:
+    patch = architecture.family.GEOMETRY[1]
+    side = architecture.resolution if options.resolution is None else options.resolution
+    if side < 1:
+        raise ValueError(f"--resolution is {side}; it must be {patch} or a multiple of it")
+    if side % patch:
         near = max(round(side / patch), 1) * patch
         raise ValueError(f"--resolution {side} is not a multiple of the patch, {patch}; the nearest is {near}")
     for name, value in (("--batch", options.batch), ("--repeats", options.repeats), ("--rank", options.rank)):

@@ -46,8 +46,9 @@ def denoise(
     Returns:
         The clean state (B, ...).
     """
+    levels = sigmas.to(x)  # once: a copy in every step would have the host wait for the GPU
     for i, timestep in enumerate(solver.timesteps):
-        x = solver.step(velocity(x, sigmas[i].to(x)), timestep, x, return_dict=False)[0]
+        x = solver.step(velocity(x, levels[i]), timestep, x, return_dict=False)[0]
         if on_step is not None:
             x = on_step(i, x)
     return x

@@ -5,7 +5,6 @@ import signal
 from collections.abc import Callable, Generator, Iterable
 from contextlib import closing
 
-import torch
 from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -61,7 +60,7 @@ def micro_batches(
 def _with_failure(loaded: Iterable[Batch | ValueError]) -> Generator[Batch | ValueError, None, None]:
     try:
         yield from loaded
-    except torch.OutOfMemoryError:  # of models that encode in this process
-        raise
     except RuntimeError as error:
+        if "DataLoader worker" not in str(error):  # of models that encode in this process
+            raise
         yield ValueError(f"a data worker failed: {error}. With little shared memory (Docker), use data.workers=0")
