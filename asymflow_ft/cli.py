@@ -131,7 +131,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     command.add_argument(
         "--batch-guidance", action="store_true",
-        help="with and without the prompt in one call of the network: more memory, small pictures are faster",
+        help="with and without the prompt in one call of the network where memory allows; small pictures are faster",
     )  # fmt: skip
     command.add_argument(
         "--compile", action="store_true",

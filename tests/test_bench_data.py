@@ -1,13 +1,16 @@
 """`asymflow-ft bench align` and `cache`, at their smallest; and the growth that they fit."""
 
 import json
+import re
 
 import pytest
 from PIL import Image
 
 from asymflow_ft import cli
+from asymflow_ft.bench.architectures import find_architecture, vae_on_meta
 from asymflow_ft.bench.growth import fit_growth, sizes_up_to
 
+VAE_BYTES = sum(tensor.nbytes for tensor in vae_on_meta(find_architecture("tiny")).state_dict().values())
 SIZES = (10, 100, 1000, 10_000)
 
 
@@ -39,6 +42,20 @@ def test_align_against_its_floor(tmp_path, capsys):
     assert f"{found['align_over_decode_encode']:.3f} with 4 threads" in capsys.readouterr().out
 
 
+def test_memory_of_aligning(tmp_path, capsys):
+    few, more = (
+        run("align", tmp_path / side, "--repeats", "1", "--images", images, "--resolution", side)["memory"]
+        for images, side in (("8", "64"), ("16", "128"))
+    )
+    assert few["VAE weights"] == VAE_BYTES
+    assert few["Gram sums"] == 8 * (768 * 768 + 128 * 768 + 128 * 128 + 768 + 128 + 1)
+    assert few["solve"] > 3 * 8 * 768 * 768  # singular vectors and eigenvectors
+    grown = {"pictures": 4 * few["pictures"], "report.png": 4 * few["report.png"]}
+    assert more == pytest.approx(few | grown, rel=1e-3)  # with a picture's pixels; of more pictures none is kept
+    assert few["pictures"] > 7 * 3 * 64 * 64 * 4
+    assert re.search(r"\n  Gram sums +5\.64 MB\n", capsys.readouterr().out)
+
+
 def test_cache_from_filling_to_waiting(tmp_path, capsys):
     found = run(
         "cache", tmp_path, "--images", "200", "--resolution", "64", "--perceptual", "none", "--rank", "2",
@@ -56,10 +73,18 @@ def test_cache_from_filling_to_waiting(tmp_path, capsys):
     assert "waits for data: " in capsys.readouterr().out
 
 
-def test_the_smallest_cache(tmp_path):
+def test_the_smallest_cache_and_its_memory(tmp_path, capsys):
     """Its first size is one picture, and a run needs one to train on."""
-    options = ["--images", "2", "--resolution", "64", "--perceptual", "none", "--rank", "2", "--precision", "no"]
-    assert list(run("cache", tmp_path, *options, "--warmup", "0")["starts"]) == ["1", "2"]
+    options = ["--images", "2", "--perceptual", "none", "--rank", "2", "--precision", "no", "--warmup", "0"]
+    small, large = (run("cache", tmp_path / side, *options, "--resolution", side) for side in ("64", "128"))
+    assert list(small["starts"]) == ["1", "2"]
+    small, large, latents, picture = small["memory"], large["memory"], 16 * 128 * 4, 3 * 64 * 64 * 4
+    assert small.pop("VAE weights") == large.pop("VAE weights") == VAE_BYTES
+    assert small["latents of a shard"] == 256 * latents
+    assert small["sample"] == 2 * picture  # in [0, 255], and divided
+    assert small["encode"] > picture + latents
+    assert large == {name: 4 * held for name, held in small.items()}
+    assert "  latents of a shard " in capsys.readouterr().out
 
 
 def test_sizes_that_cannot_be(capsys):

@@ -2,11 +2,14 @@
 
 import copy
 import itertools
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
+from diffusers.hooks.hooks import HookRegistry, ModelHook, StateManager
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from peft import LoraConfig
@@ -57,6 +60,46 @@ def test_a_batch_is_its_pictures(pipeline):
     for i, picture in enumerate(together):
         alone = draw(pipeline, prompts[i // 2], generator=seeded(i))[0]
         torch.testing.assert_close(picture, alone, rtol=0, atol=1e-4)
+
+
+class SmallMemory(ModelHook):
+    """Keeps what a block gets in diffusers' cache, as caching hooks do, and has memory for a batch of `most`."""
+
+    _is_stateful = True
+
+    def __init__(self, most):
+        super().__init__()
+        self.most, self.batches, self.failed = most, [], []
+        self.state_manager = StateManager(SimpleNamespace, init_kwargs={"reset": lambda: None})
+
+    def new_forward(self, block, hidden_states, **inputs):
+        assert all(tensor() is None for tensor in self.failed)
+        self.state_manager.get_state().cached = cached = hidden_states + 0
+        self.batches.append(len(hidden_states))
+        if len(hidden_states) > self.most:
+            self.failed.extend(map(weakref.ref, (hidden_states, cached)))
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return self.fn_ref.original_forward(hidden_states=hidden_states, **inputs)
+
+    def reset_state(self, block):
+        self.state_manager.reset()
+
+
+def test_guidance_goes_on_with_two_calls_where_one_batch_is_too_large(pipeline):
+    """Without the tensors of the call that failed, those in diffusers' caches included."""
+    memory, prompts = SmallMemory(2), ["red apple", "rocket"]
+    HookRegistry.check_if_exists_or_initialize(pipeline.transformer.transformer_blocks[-1]).register_hook(memory, "")
+    two_calls = draw(pipeline, prompts)
+    assert memory.batches == [2] * 4
+    with pytest.warns(UserWarning, match="memory does not suffice .* batch of 4, .* goes on with two calls") as said:
+        assert torch.equal(draw(pipeline, prompts, batch_guidance=True), two_calls)
+    assert len(said) == 1 and len(memory.failed) == 2 and memory.batches[4:] == [4, 2, 2, 2, 2]
+    draw(pipeline, batch_guidance=True)  # the next pictures may be smaller
+    assert memory.batches[9:] == [2, 2]
+    memory.most = 0
+    with pytest.warns(UserWarning, match="batch of 2"), pytest.raises(torch.OutOfMemoryError, match="CUDA out of"):
+        draw(pipeline, batch_guidance=True)
+    assert memory.batches[11:] == [2, 1]
 
 
 def test_a_picture_that_is_no_number_is_said(pipeline):

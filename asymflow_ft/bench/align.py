@@ -14,7 +14,7 @@ from torch import Tensor
 
 from asymflow_ft.align import draw, make_report, strip, sum_tokens
 from asymflow_ft.bench.architectures import Architecture, random_vae
-from asymflow_ft.bench.clock import Stopwatch, Timing, interleaved, measure, own_seconds, summary
+from asymflow_ft.bench.clock import Stopwatch, Timing, interleaved, measure, own_seconds, peak_memory, summary
 from asymflow_ft.bench.growth import fit_growth, sizes_up_to
 from asymflow_ft.bench.workload import Options, picture, resolution_of
 from asymflow_ft.components.color import PixelCodec, rgb_tensor
@@ -26,6 +26,7 @@ from asymflow_ft.method.patches import to_tokens
 
 WARMUP = 1
 IMAGES = 16
+CPU = torch.device("cpu")
 STAGES = ("decode", "resize", "VAE", "colour + patches", "Gram")
 
 
@@ -104,9 +105,19 @@ def bench_align(architecture: Architecture, options: Options, device: torch.devi
             return make_report("bench", grams, codec, family.pixel_patch(vae), 3.0, count, unreadable)
 
         subspace, report = solve()
+        weights = [*vae.parameters(), *vae.buffers()]
+        sums = sum(tensor.nbytes for tensor in grams.tensors())
+        threads = THREADS if device.type == "cuda" else 0  # what other threads make is seen on a GPU alone
+        memory = {
+            "VAE weights": sum(tensor.nbytes for tensor in weights), "Gram sums": sums,
+            "pictures": peak_memory(lambda: aligned(count, threads), weights, device) - sums,
+            "solve": peak_memory(solve, grams.tensors(), CPU),
+            "report.png": peak_memory(lambda: strip(family, vae, codec, subspace, examples[:1]),
+                                      [*weights, *subspace.buffers(), *examples[0]], device),
+        }  # fmt: skip
         with tempfile.TemporaryDirectory(prefix="asymflow-bench-") as folder:
             file = Path(folder) / "report.png"
-            ends = {"solve": measure(solve, repeats, WARMUP, torch.device("cpu")),
+            ends = {"solve": measure(solve, repeats, WARMUP, CPU),
                     "report.png": measure(lambda: draw(file, report, strip(family, vae, codec, subspace, examples)),
                                           1, 0, device)}  # fmt: skip
     floor, whole = taken["decode + encode"].median, taken[f"align {count}"].median
@@ -119,6 +130,7 @@ def bench_align(architecture: Architecture, options: Options, device: torch.devi
         "without_threads": taken["align without threads"].median / floor,
         "stages": {name: asdict(timing) for name, timing in one_by_one.items()},
         "ends": {name: asdict(timing) for name, timing in ends.items()},
+        "memory": memory,
         # what `asymflow-ft align` with its default of 1,000 pictures comes to, by these figures
         "thousand_images": (1000 * whole / count + fixed) / (1000 * floor / count),
         "growth": asdict(fit_growth({size: own_seconds(taken[f"align {size}"], device) for size in sizes})),

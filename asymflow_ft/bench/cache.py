@@ -16,7 +16,7 @@ from PIL import Image
 
 from asymflow_ft.bench.align import picture_folder
 from asymflow_ft.bench.architectures import Architecture, random_vae
-from asymflow_ft.bench.clock import Stopwatch, Timing, interleaved, measure, own_seconds, summary
+from asymflow_ft.bench.clock import Stopwatch, Timing, interleaved, measure, own_seconds, peak_memory, summary
 from asymflow_ft.bench.growth import fit_growth, sizes_up_to
 from asymflow_ft.bench.run import build_run
 from asymflow_ft.bench.step import time_steps
@@ -40,8 +40,9 @@ CPU = torch.device("cpu")
 
 def filling(
     architecture: Architecture, recipe: Recipe, options: Options, device: torch.device
-) -> tuple[dict[str, Timing], int]:
-    """Seconds per picture of encoding into a cache of latents, and of the writing in it; and bytes per picture."""
+) -> tuple[dict[str, Timing], int, dict[str, int]]:
+    """Seconds per picture of encoding into a cache of latents, and of the writing in it; bytes per picture; and bytes
+    of memory by item."""
     family, side = architecture.family, recipe.data.resolution
     vae, size = random_vae(architecture, torch.float32, device), (side, side)
     with picture_folder(FILLED, side) as images, tempfile.TemporaryDirectory(prefix="asymflow-bench-") as folder:
@@ -59,7 +60,13 @@ def filling(
         }
         taken = interleaved(works, options.repeats, WARMUP, device)
         written = sum(file.stat().st_size for file in Path(folder).iterdir())
-    return {name: _per(timing, FILLED) for name, timing in taken.items()}, written // FILLED
+        weights = [*vae.parameters(), *vae.buffers()]
+        memory = {
+            "VAE weights": sum(tensor.nbytes for tensor in weights),
+            "encode": peak_memory(lambda: encode(next(iter(rows))), weights, device),
+            "latents of a shard": LATENT_SHARD * values[0].nbytes,  # which wait on the device until it is written
+        }
+    return {name: _per(timing, FILLED) for name, timing in taken.items()}, written // FILLED, memory
 
 
 def _per(timing: Timing, count: int) -> Timing:
@@ -156,8 +163,10 @@ def bench_cache(architecture: Architecture, options: Options, device: torch.devi
             waits[name] = waiting(architecture, recipe, accelerator, options)
     with tempfile.TemporaryDirectory(prefix="asymflow-bench-") as folder, torch.no_grad():
         recipe = make_recipe(architecture, options, Path(folder), device)
-        filled, stored = filling(architecture, recipe, options, device)
-        read = reading(make_data(recipe, architecture, accelerator), options.repeats)
+        filled, stored, memory = filling(architecture, recipe, options, device)
+        data = make_data(recipe, architecture, accelerator)
+        read = reading(data, options.repeats)
+        memory["sample"] = peak_memory(lambda: data[0, 0], [], CPU)
         for size in sizes:
             starts[size] = starting(architecture, recipe, size, accelerator, min(options.repeats, 3))
     latents = math.prod((recipe.data.resolution // architecture.family.GEOMETRY[1],) * 2)
@@ -168,7 +177,7 @@ def bench_cache(architecture: Architecture, options: Options, device: torch.devi
         "pictures_per_second": 1 / filled["fill"].median, "bytes_per_second": stored / filled["write"].median,
         "read": {name: asdict(timing) for name, timing in read.items()},
         "samples_per_second": 1 / read["whole"].median,
-        "wait": waits,
+        "wait": waits, "memory": memory,
         "starts": {size: {name: asdict(timing) for name, timing in both.items()} for size, both in starts.items()},
         "growth": {name: asdict(fit_growth({size: own_seconds(both[name], device) for size, both in starts.items()}))
                    for name in ("first look", "start")},

@@ -2,13 +2,15 @@
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
+from asymflow_ft.training.rehearsal import Meter
 from asymflow_ft.training.run import synchronise
 
 
@@ -76,6 +78,19 @@ def interleaved(
                 if device.type == "cuda":
                     peaks[name] = max(peaks[name], torch.cuda.max_memory_allocated(device))
     return {name: summary(taken, peaks[name] or None, processor[name]) for name, taken in seconds.items()}
+
+
+def peak_memory(work: Callable[[], object], held: Iterable[Tensor], device: torch.device) -> int:
+    """Most bytes that `work` takes beside what is there already: on a GPU of the allocator's memory, on a CPU of the
+    tensors that this thread makes; `held` are those that are there."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        work()
+        return torch.cuda.max_memory_allocated(device) - before
+    with Meter(held) as meter:
+        work()
+    return meter.peak
 
 
 class Stopwatch:

@@ -148,6 +148,7 @@ def align_table(result: Mapping[str, Any]) -> str:
     rows += [["once", "", ""], *([f"  {name}", *spread(timing)] for name, timing in result["ends"].items())]
     rows += [["pictures together", "", ""]]
     rows += [[f"  {name}", *spread(timing)] for name, timing in result["passes"].items()]
+    rows += memory_rows(result)
     lines = [
         f"align over decode + encode {result['align_over_decode_encode']:.3f} with {threads} threads that decode, "
         f"{result['without_threads']:.3f} without; {result['thousand_images']:.3f} for 1,000 pictures, solving and "
@@ -155,6 +156,10 @@ def align_table(result: Mapping[str, Any]) -> str:
         f"align grows {growth(result['growth'])}",
     ]
     return "\n\n".join([grid(rows), "\n".join(lines)])
+
+
+def memory_rows(result: Mapping[str, Any]) -> Rows:
+    return [["memory", "", ""], *([f"  {name}", size(held), ""] for name, held in result["memory"].items())]
 
 
 def growth(found: Mapping[str, Any], shown: Callable[[float], str] = seconds) -> str:
@@ -173,6 +178,7 @@ def cache_table(result: Mapping[str, Any]) -> str:
         rows += [[f"training step, {name}", *spread(wait["step"])], ["  waits for data", *spread(wait["wait"])]]
     for count, both in result["starts"].items():
         rows += [[f"{name}, {int(count):,} pictures", *spread(timing)] for name, timing in both.items()]
+    rows += memory_rows(result)
     waits = ", ".join(f"{wait['share']:.1%} ({name})" for name, wait in result["wait"].items())
     lines = [
         f"filling: {result['pictures_per_second']:.3g} pictures/s of {size(result['bytes_per_picture'])}, written "

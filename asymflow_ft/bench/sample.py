@@ -1,6 +1,6 @@
 """One solver step of drawing in pixels against one of the stock pipeline in latents, with as many tokens each."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -19,7 +19,7 @@ from asymflow_ft.bench.architectures import (
     random_vae,
     stock_pipeline,
 )
-from asymflow_ft.bench.clock import Timing, interleaved, measure, now, ratio, summary
+from asymflow_ft.bench.clock import Timing, interleaved, measure, now, peak_memory, ratio, summary
 from asymflow_ft.bench.run import frozen_bytes
 from asymflow_ft.bench.workload import Options, resolution_of
 from asymflow_ft.components.color import PixelCodec
@@ -30,7 +30,6 @@ from asymflow_ft.families.base import compile_blocks
 from asymflow_ft.method.asymflow import recover_velocity
 from asymflow_ft.method.guidance import clamp_velocity, guide
 from asymflow_ft.method.patches import to_image, to_tokens
-from asymflow_ft.training.rehearsal import Meter
 from asymflow_ft.training.run import synchronise
 
 STEPS = 6  # of a picture; the first one is set-up, and kept apart
@@ -141,19 +140,6 @@ def draw_both(
     return traces, cold
 
 
-def drawing_memory(picture: Callable[[], object], held: Iterable[Tensor], device: torch.device) -> int:
-    """Most bytes that drawing a picture takes beside what is there already: on a GPU of the allocator's memory, on a
-    CPU of tensors; `held` are those that are there."""
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        picture()
-        return torch.cuda.max_memory_allocated(device) - before
-    with Meter(held) as meter:
-        picture()
-    return meter.peak
-
-
 def arithmetic(pipeline: Any, tokens: Tensor, grid: tuple[int, int], repeats: int) -> dict[str, Timing]:
     """What a guided pixel step does outside the network and the solver, each alone."""
     basis, scale = pipeline.subspace.float32()
@@ -226,7 +212,7 @@ def bench_sample(architecture: Architecture, options: Options, device: torch.dev
             held = [noise, latent_noise, embeds, *pixels.subspace.buffers()]
             held += [tensor for network in (lifted, base) for tensor in (*network.parameters(), *network.buffers())]
             result["memory"] = {
-                kind: {"network": networks[kind], "drawing": drawing_memory(draw, held, device)}
+                kind: {"network": networks[kind], "drawing": peak_memory(draw, held, device)}
                 for kind, (_, draw) in works.items()
             }
         result[name]["pairs"] = _pairs(pixels, to_tokens(noise.to(device), patch), embeds, grid, options)

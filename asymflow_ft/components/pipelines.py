@@ -123,7 +123,8 @@ class PixelPipelineMixin:
             callback_on_step_end: as in diffusers. Beside `latents` it may ask for `clean`, the step's estimate of the
                 image, (B, 3, H, W) in pixel space; `codec.decode` makes it a picture. Changing it changes nothing.
             batch_guidance: predict with and without the prompt in one call on a batch of 2B, not in two: the same
-                pictures with more memory, and faster where a call costs more than its work.
+                pictures with more memory, and faster where a call costs more than its work. Where a GPU's memory does
+                not suffice, a warning says so, and the rest of this call is drawn with two.
 
         Returns:
             The family's output class with `.images`, or a tuple with them.
@@ -185,7 +186,7 @@ class PixelPipelineMixin:
         clean = x
 
         def velocity(x_t: Tensor, sigma: Tensor) -> Tensor:
-            nonlocal clean
+            nonlocal clean, batch_guidance
 
             def conditioned_on(name: str, embeds: Tensor, x_t: Tensor = x_t) -> Tensor:
                 images = tuple(one.expand(len(x_t), -1, -1, -1) for one in references)
@@ -194,10 +195,22 @@ class PixelPipelineMixin:
                     return model.velocity(x_t, sigma.expand(len(x_t), 1, 1), cond, grid)
 
             level = sigma.expand(len(x_t), 1, 1)
-            if guided and batch_guidance:
+            if batch_guidance:
                 both = in_one_batch(prompt_embeds, negative_prompt_embeds, self.zeros_are_padding)
-                v, v_uncond = conditioned_on("cond_uncond", both, torch.cat([x_t, x_t])).chunk(2)
-            else:
+                try:
+                    v, v_uncond = conditioned_on("cond_uncond", both, torch.cat([x_t, x_t])).chunk(2)
+                except torch.OutOfMemoryError:
+                    batch_guidance = False
+                if not batch_guidance:  # only here the error is gone, and with it the tensors of the call
+                    if cached:
+                        self.transformer._reset_stateful_cache()
+                    torch.cuda.empty_cache()  # for what allocates past torch; does nothing without CUDA
+                    warnings.warn(
+                        f"the memory does not suffice for batch_guidance with its batch of {len(both)}, so drawing "
+                        "goes on with two calls a step: the same pictures to rounding",
+                        stacklevel=2,
+                    )
+            if not batch_guidance:
                 v = conditioned_on("cond", prompt_embeds)
                 v_uncond = conditioned_on("uncond", negative_prompt_embeds) if guided else None
             if guided:
