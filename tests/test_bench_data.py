@@ -2,13 +2,17 @@
 
 import json
 import re
+import weakref
 
 import pytest
+import torch
 from PIL import Image
 
 from asymflow_ft import cli
+from asymflow_ft.bench import cache
 from asymflow_ft.bench.architectures import find_architecture, vae_on_meta
 from asymflow_ft.bench.growth import fit_growth, sizes_up_to
+from asymflow_ft.bench.workload import Options
 
 VAE_BYTES = sum(tensor.nbytes for tensor in vae_on_meta(find_architecture("tiny")).state_dict().values())
 SIZES = (10, 100, 1000, 10_000)
@@ -85,6 +89,27 @@ def test_the_smallest_cache_and_its_memory(tmp_path, capsys):
     assert small["encode"] > picture + latents
     assert large == {name: 4 * held for name, held in small.items()}
     assert "  latents of a shard " in capsys.readouterr().out
+
+
+def test_a_network_is_gone_before_the_next_one_is_made(monkeypatch):
+    """With its optimizer; a GPU may hold one alone."""
+    networks, build, fill = [], cache.build_run, cache.filling
+
+    def one_more(*arguments):
+        assert not any(network() for network in networks)
+        run = build(*arguments)
+        networks.append(weakref.ref(run.network))
+        return run
+
+    def filling(*arguments):
+        assert not any(network() for network in networks)
+        return fill(*arguments)
+
+    monkeypatch.setattr(cache, "build_run", one_more)
+    monkeypatch.setattr(cache, "filling", filling)
+    options = Options(resolution=64, precision="no", rank=2, perceptual="none", repeats=1, warmup=0, images=2)
+    cache.bench_cache(find_architecture("tiny"), options, torch.device("cpu"))
+    assert len(networks) == 2
 
 
 def test_sizes_that_cannot_be(capsys):

@@ -3,6 +3,7 @@
 import json
 import math
 
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -38,6 +39,7 @@ def measured(monkeypatch):
     monkeypatch.setattr(targets, "bench_sample", lambda *_: {
         "eager": {"pixel_over_latent": 1.01}, "compiled": {"pixel_over_latent": 1.03}})  # fmt: skip
     monkeypatch.setattr(targets, "bench_align", lambda *_: {"align_over_decode_encode": 1.1})
+    monkeypatch.setattr(targets, "planned", lambda *_: None)  # whether it fits this machine
 
 
 def verdicts(architecture="klein-4b", device=GPU, **options):
@@ -98,6 +100,11 @@ def test_what_cannot_work_is_said_before_anything_long_begins(monkeypatch, capsy
     assert "--images is 1" in capsys.readouterr().err
     assert cli.main(["bench", "targets", "--perceptual", "vgg"]) == 1
     assert "bench targets has no use for --perceptual" in capsys.readouterr().err
+    monkeypatch.setattr(targets, "bench_align", lambda *_: pytest.fail("a picture was aligned"))
+    machine = psutil.virtual_memory()
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: machine._replace(available=int(8e6)))
+    assert cli.main(["bench", "targets"]) == 1
+    assert "use a smaller --arch" in capsys.readouterr().err
 
 
 def test_a_target_and_its_limit():

@@ -1,5 +1,6 @@
 """The cache: filling it, reading training samples from it, waiting for them, and starting with it full."""
 
+import gc
 import hashlib
 import io
 import json
@@ -18,7 +19,7 @@ from asymflow_ft.bench.align import picture_folder
 from asymflow_ft.bench.architectures import Architecture, random_vae
 from asymflow_ft.bench.clock import Stopwatch, Timing, interleaved, measure, own_seconds, peak_memory, summary
 from asymflow_ft.bench.growth import fit_growth, sizes_up_to
-from asymflow_ft.bench.run import build_run
+from asymflow_ft.bench.run import accelerator_on, build_run, planned
 from asymflow_ft.bench.step import time_steps
 from asymflow_ft.bench.workload import Options, make_data, make_recipe
 from asymflow_ft.components.color import rgb_tensor
@@ -96,9 +97,11 @@ def reading(data: PreparedData, repeats: int) -> dict[str, Timing]:
     return {"whole": _per(whole, len(data)), **parts}
 
 
-def waiting(architecture: Architecture, recipe: Recipe, accelerator: Accelerator, options: Options) -> dict[str, Any]:
+def waiting(architecture: Architecture, recipe: Recipe, options: Options, device: torch.device) -> dict[str, Any]:
     """Share of training steps that waits for data."""
-    run = build_run(architecture, recipe, accelerator, Stopwatch(accelerator.device))
+    accelerator = accelerator_on(device)  # its own, since it keeps the network
+    planned(architecture, recipe, accelerator)
+    run = build_run(architecture, recipe, accelerator, Stopwatch(device))
     step, parts = time_steps(run, options.repeats, options.warmup)
     return {"step": asdict(step), "wait": asdict(parts["data wait"]),
             "share": parts["data wait"].median / step.median}  # fmt: skip
@@ -153,14 +156,15 @@ def bench_cache(architecture: Architecture, options: Options, device: torch.devi
     Raises:
         ValueError: options that cannot work.
     """
-    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
+    accelerator = accelerator_on(device)
     sizes = sizes_up_to(ENTRIES if options.images is None else options.images, (100, 10, 1))
     waits, starts = {}, {}
     for name, workers in (("no workers", 0), ("as the recipe's default", None)):
         with tempfile.TemporaryDirectory(prefix="asymflow-bench-") as folder:
             recipe = make_recipe(architecture, options, Path(folder), device)
             recipe = replace(recipe, data=replace(recipe.data, workers=workers))
-            waits[name] = waiting(architecture, recipe, accelerator, options)
+            waits[name] = waiting(architecture, recipe, options, device)
+        gc.collect()  # the network and its hooks hold one another
     with tempfile.TemporaryDirectory(prefix="asymflow-bench-") as folder, torch.no_grad():
         recipe = make_recipe(architecture, options, Path(folder), device)
         filled, stored, memory = filling(architecture, recipe, options, device)

@@ -11,7 +11,6 @@ from torch import nn
 from asymflow_ft.bench.architectures import Architecture
 from asymflow_ft.bench.clock import Timing, measure
 from asymflow_ft.bench.workload import Options
-from asymflow_ft.training.memory import MemoryPlan
 
 Bench = Callable[[Architecture, Options, torch.device], dict[str, Any]]
 
@@ -83,15 +82,15 @@ def figures_or_error(
         torch.cuda.empty_cache()
 
 
-def check_memory(plan: MemoryPlan, device: torch.device) -> None:
+def check_memory(needed: float, device: torch.device) -> None:
     """Refuse what would get the process killed; a GPU says itself when it is full.
 
     Raises:
-        NotEnoughMemory: on a CPU, if the plan does not fit.
+        NotEnoughMemory: on a CPU, if that many bytes are not free.
     """
     free = psutil.virtual_memory().available
-    if device.type == "cpu" and plan.peak > free:
+    if device.type == "cpu" and needed > free:
         raise NotEnoughMemory(
-            f"this needs about {plan.peak / 1e9:.1f} GB and the machine has {free / 1e9:.1f} GB free; "
+            f"this needs about {needed / 1e9:.1f} GB and the machine has {free / 1e9:.1f} GB free; "
             "use a smaller --arch, a GPU, or for a step alone a smaller --resolution or --quant nf4"
         )

@@ -188,6 +188,23 @@ def losses(run: Run, batch: Batch, noise: Noise) -> Tensor:
     return terms.rows()
 
 
+def accelerator_on(device: torch.device) -> Accelerator:
+    return Accelerator(cpu=device.type == "cpu", mixed_precision="no")
+
+
+def planned(architecture: Architecture, recipe: Recipe, accelerator: Accelerator) -> MemoryPlan:
+    """The plan of a run that can work here.
+
+    Raises:
+        ValueError: options that cannot work; `NotEnoughMemory` for more memory than there is.
+    """
+    check_setup(recipe, accelerator)
+    latent, vae, device = transformer_on_meta(architecture), vae_on_meta(architecture), accelerator.device
+    plan = plan_memory(recipe, architecture.family, latent, vae, 0, wide_perceptual=device.type == "cpu")
+    check_memory(plan.peak, device)
+    return plan
+
+
 @contextmanager
 def started(architecture: Architecture, options: Options, device: torch.device) -> Iterator[tuple[Run, MemoryPlan]]:
     """A run that would do what is measured, and its plan.
@@ -195,13 +212,10 @@ def started(architecture: Architecture, options: Options, device: torch.device) 
     Raises:
         ValueError: options that cannot work; `NotEnoughMemory` for more memory than there is.
     """
-    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
+    accelerator = accelerator_on(device)
     with tempfile.TemporaryDirectory(prefix="asymflow-bench-") as folder:
         recipe = make_recipe(architecture, options, Path(folder), device)
-        check_setup(recipe, accelerator)
-        latent, vae = transformer_on_meta(architecture), vae_on_meta(architecture)
-        plan = plan_memory(recipe, architecture.family, latent, vae, 0, wide_perceptual=device.type == "cpu")
-        check_memory(plan, device)
+        plan = planned(architecture, recipe, accelerator)
         torch.manual_seed(0)
         run = build_run(architecture, recipe, accelerator, Stopwatch(device))
         try:

@@ -18,8 +18,10 @@ from asymflow_ft.bench.architectures import (
     random_transformer,
     random_vae,
     stock_pipeline,
+    transformer_on_meta,
 )
 from asymflow_ft.bench.clock import Timing, interleaved, measure, now, peak_memory, ratio, summary
+from asymflow_ft.bench.limits import check_memory
 from asymflow_ft.bench.run import frozen_bytes
 from asymflow_ft.bench.workload import Options, resolution_of
 from asymflow_ft.components.color import PixelCodec
@@ -168,6 +170,8 @@ def bench_sample(architecture: Architecture, options: Options, device: torch.dev
     family, side = architecture.family, resolution_of(architecture, options)
     dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
     quantised = options.quant != "full"
+    width = {"full": dtype.itemsize, "int8": 1, "nf4": 0.5}[options.quant]
+    check_memory(width * sum(p.numel() for p in transformer_on_meta(architecture).parameters()), device)
     base = random_transformer(architecture, dtype, "cpu" if quantised else device, quantised)
     vae = random_vae(architecture, dtype, device)
     rank, patch = family.GEOMETRY

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,10 +10,10 @@ import torch
 from asymflow_ft.bench.align import bench_align
 from asymflow_ft.bench.architectures import Architecture
 from asymflow_ft.bench.limits import Bench, figures_or_error
-from asymflow_ft.bench.run import ARITHMETIC
+from asymflow_ft.bench.run import ARITHMETIC, accelerator_on, planned
 from asymflow_ft.bench.sample import bench_sample
 from asymflow_ft.bench.step import bench_step
-from asymflow_ft.bench.workload import Options
+from asymflow_ft.bench.workload import Options, make_recipe
 
 TOO_LITTLE = "not enough memory"
 
@@ -69,6 +70,7 @@ def bench_targets(architecture: Architecture, options: Options, device: torch.de
         torch.OutOfMemoryError, NotEnoughMemory: if there is not enough memory for any step.
     """
 
+    planned(architecture, make_recipe(architecture, options, Path(), device), accelerator_on(device))
     errors = []
 
     def figures(bench: Bench, quant: str = "full") -> dict[str, Any] | None:
