@@ -10,11 +10,14 @@ from PIL import Image
 
 from asymflow_ft import cli
 from asymflow_ft.bench import cache
-from asymflow_ft.bench.architectures import find_architecture, vae_on_meta
+from asymflow_ft.bench.architectures import NAMED, random_vae
+from asymflow_ft.bench.clock import peak_memory
 from asymflow_ft.bench.growth import fit_growth, sizes_up_to
 from asymflow_ft.bench.workload import Options
+from asymflow_ft.families import flux2
 
-VAE_BYTES = sum(tensor.nbytes for tensor in vae_on_meta(find_architecture("tiny")).state_dict().values())
+VAE = random_vae(NAMED["tiny"], torch.float32, "cpu")
+VAE_BYTES = sum(tensor.nbytes for tensor in VAE.state_dict().values())
 SIZES = (10, 100, 1000, 10_000)
 
 
@@ -56,7 +59,10 @@ def test_memory_of_aligning(tmp_path, capsys):
     assert few["solve"] > 3 * 8 * 768 * 768  # singular vectors and eigenvectors
     grown = {"pictures": 4 * few["pictures"], "report.png": 4 * few["report.png"]}
     assert more == pytest.approx(few | grown, rel=1e-3)  # with a picture's pixels; of more pictures none is kept
-    assert few["pictures"] > 7 * 3 * 64 * 64 * 4
+    held, picture, latents = [*VAE.parameters(), *VAE.buffers()], 3 * 64 * 64 * 4, 16 * 128 * 4
+    with torch.no_grad():
+        encoding = peak_memory(lambda: flux2.encode_latents(VAE, torch.zeros(1, 3, 64, 64)), held, VAE.device)
+    assert few["pictures"] == encoding + picture + latents + 6 * (picture + latents)  # tokens, last z, examples
     assert re.search(r"\n  Gram sums +5\.64 MB\n", capsys.readouterr().out)
 
 
@@ -108,7 +114,7 @@ def test_a_network_is_gone_before_the_next_one_is_made(monkeypatch):
     monkeypatch.setattr(cache, "build_run", one_more)
     monkeypatch.setattr(cache, "filling", filling)
     options = Options(resolution=64, precision="no", rank=2, perceptual="none", repeats=1, warmup=0, images=2)
-    cache.bench_cache(find_architecture("tiny"), options, torch.device("cpu"))
+    cache.bench_cache(NAMED["tiny"], options, torch.device("cpu"))
     assert len(networks) == 2
 
 
