@@ -22,8 +22,14 @@ LMS_TO_OKLAB = (
 )
 
 
+def _beside(values: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+    """A few numbers of the CPU where the image is, in its precision. A GPU is not waited for: CUDA has read them when
+    the call returns. Not so Apple's."""
+    return values.to(image, non_blocking=image.device.type != "mps")
+
+
 def _mix(matrix: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
-    return torch.einsum("ij,...jhw->...ihw", matrix.to(image), image)
+    return torch.einsum("ij,...jhw->...ihw", _beside(matrix, image), image)
 
 
 def _srgb_to_linear(y: torch.Tensor) -> torch.Tensor:
@@ -74,7 +80,7 @@ class PixelCodec(ModelMixin, ConfigMixin):
         self.register_buffer("affine", torch.tensor([*mean, std]))
 
     def _mean(self, image: torch.Tensor) -> torch.Tensor:
-        return torch.tensor(self.mean, dtype=image.dtype, device=image.device)[:, None, None]
+        return _beside(torch.tensor(self.mean, dtype=image.dtype), image)[:, None, None]
 
     def encode(self, rgb: torch.Tensor) -> torch.Tensor:
         """RGB in [-1, 1], (B, 3, H, W) -> pixel space, same shape; values outside that range are not clamped."""

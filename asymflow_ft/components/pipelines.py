@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from asymflow_ft.components.color import rgb_tensor
+from asymflow_ft.components.norms import narrow_norms
 from asymflow_ft.components.subspace import Cond, PixelModel
 from asymflow_ft.method.asymflow import velocity_to_clean
 from asymflow_ft.method.guidance import clamp_velocity, guide
@@ -60,6 +61,8 @@ class PixelPipelineMixin:
     def set_up(self: Any, modules: dict[str, Any], **settings: Any) -> None:
         """Register components and config. The stock __init__ is not run: it would ask for a VAE."""
         DiffusionPipeline.__init__(self)
+        if modules["transformer"] is not None:
+            narrow_norms(modules["transformer"])
         self.register_modules(**modules)
         self.register_to_config(**settings)
 

@@ -16,6 +16,7 @@ class Solver(Protocol):
     timesteps: Tensor
 
     def set_timesteps(self, *args: object, **kwargs: object) -> None: ...
+    def set_begin_index(self, begin_index: int) -> None: ...
     def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor, return_dict: bool) -> tuple[Tensor]: ...
 
 
@@ -26,6 +27,10 @@ def prepare_solver(solver: Solver, sigmas: Tensor, device: torch.device | str = 
     """
     capped = sigmas[:-1].clamp(max=1 - 1e-4)
     solver.set_timesteps(sigmas=capped.double().numpy(), device=device)
+    # It would look for the first step by its timestep, rounded to thousandths, and where the second has the same one
+    # begin there and run over the end.
+    solver.set_begin_index(0)
+    solver.sigmas = solver.sigmas.to(device)  # they would be copied at every step, each time waiting for a GPU
 
 
 def denoise(

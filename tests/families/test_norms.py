@@ -1,0 +1,91 @@
+"""What a network costs on a GPU while it draws, counted on fake CUDA tensors under CUDA's autocast."""
+
+from contextlib import ExitStack, nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from asymflow_ft.components.norms import narrow_norms
+from asymflow_ft.components.subspace import Cond
+from tests.fake_cuda import Moved, fake_cuda, put_on
+from tests.families.conftest import LENGTH, pixel_pipeline
+
+GRID = (8, 8)
+
+
+@pytest.fixture
+def network(tiny):
+    """The lifted network in bf16, on "cuda"."""
+    with fake_cuda():
+        yield put_on(tiny.family.lift(tiny.parts.transformer, tiny.subspace), torch.bfloat16)
+
+
+def call(tiny, network: nn.Module, dtype: torch.dtype = torch.float32) -> tuple[Moved, int, list[torch.dtype]]:
+    """One call of the network: its operators, the bytes that its blocks move, and the precisions of its norms."""
+    kinds = network._repeated_blocks or network._no_split_modules
+    moved, before, inside, answers = Moved(), [0], [0], []
+
+    def enter(*_: Any) -> None:
+        before[0] = moved.moved.total()
+
+    def leave(*_: Any) -> None:
+        inside[0] += moved.moved.total() - before[0]
+
+    with ExitStack() as stack:
+        for module in network.modules():
+            if isinstance(module, nn.LayerNorm | nn.RMSNorm):
+                hook = module.register_forward_hook(lambda norm, inputs, answer: answers.append(answer.dtype))
+                stack.callback(hook.remove)
+            if type(module).__name__ in kinds:
+                stack.callback(module.register_forward_pre_hook(enter).remove)
+                stack.callback(module.register_forward_hook(leave).remove)
+        tokens = torch.empty(1, GRID[0] * GRID[1], tiny.subspace.config["pixel_dim"], dtype=dtype, device="cuda")
+        embeds = torch.empty(1, LENGTH, tiny.family.text_dim(network), dtype=torch.bfloat16, device="cuda")
+        tau = torch.empty(1, dtype=dtype, device="cuda")
+        with moved:
+            tiny.family.predict(network, tokens, tau, Cond(embeds, tiny.guidance()), GRID)
+    return moved, inside[0], answers
+
+
+@torch.no_grad()
+def test_a_network_that_draws_moves_what_a_stock_one_moves(tiny, network, monkeypatch):
+    """As the same network without autocast on 16-bit tokens: the bytes in its blocks, and the precision of its norms
+    (FLUX.3 itself gives queries and keys in float32 to some)."""
+    pixel_pipeline(tiny, transformer=network)
+    _, drawing, answers = call(tiny, network)
+    monkeypatch.setattr(tiny.family, "autocast", lambda *_: nullcontext())
+    _, stock, expected = call(tiny, network, torch.bfloat16)
+    assert answers == expected and expected[-1] == torch.bfloat16
+    assert drawing == pytest.approx(stock, rel=1e-3) and stock > 1e6
+
+
+def test_training_runs_the_same_operators(tiny, network):
+    """The trained network, the reference in it, and any network that is differentiated: norms in float32."""
+    call(tiny, network)  # some make tables at their first call
+
+    def run() -> list[Moved]:
+        runs = []
+        for training, gradients in [(True, True), (True, False), (False, True)]:
+            with torch.set_grad_enabled(gradients):
+                moved, _, answers = call(tiny, network.train(training))
+            assert set(answers) == {torch.float32}
+            runs.append(moved)
+        return runs
+
+    expected = run()
+    narrow_norms(network)
+    for moved, before in zip(run(), expected, strict=True):
+        assert moved.operators == before.operators and moved.moved == before.moved
+
+
+def test_norms_with_wide_weights_are_left_to_autocast(tiny, network):
+    """As where all weights are trained, in float32: their values are not rounded."""
+    narrow_norms(network)
+    norm = next((m for m in network.modules() if isinstance(m, nn.RMSNorm)), nn.RMSNorm(8))
+    norm = put_on(norm, torch.float32).eval()
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+        x = torch.empty(1, norm.normalized_shape[0], dtype=torch.bfloat16, device="cuda")
+        assert norm(x).dtype == norm.weight.dtype == torch.float32
+        assert torch.is_autocast_enabled("cuda")
