@@ -1,14 +1,18 @@
-"""What attaching LoRA does to the precision of its layers."""
+"""The precision of the layers of a network that is trained."""
 
 import copy
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
+from asymflow_ft.bench.architectures import NAMED, random_subspace
 from asymflow_ft.components.subspace import Cond
 from asymflow_ft.families import flux2
+from asymflow_ft.recipe import load_recipe
 from asymflow_ft.training import trainable
 from asymflow_ft.training.rehearsal import Meter
+from asymflow_ft.training.student import build_student
+from tests.conftest import REPOSITORY
 
 
 def test_inputs_of_lora_in_autocast_are_its_own_and_not_a_wide_copy(tiny_base):
@@ -34,3 +38,15 @@ def test_inputs_of_lora_in_autocast_are_its_own_and_not_a_wide_copy(tiny_base):
         del out
     assert all(torch.equal(own, other) for own, other in zip(*outs, strict=True))
     assert peaks[0] < 0.97 * peaks[1]
+
+
+def test_norms_of_the_student_are_narrow(tiny_base):
+    """What that means: tests/families/test_norms.py."""
+    subspace = random_subspace(NAMED["tiny"])
+    for overrides in ((), ("lora=null",)):
+        recipe = load_recipe(REPOSITORY / "recipes/tiny/finetune.yaml", overrides)
+        base = flux2.load_parts(tiny_base, ("transformer",), torch.float32).transformer
+        student = build_student(recipe, flux2, subspace, None, lambda base=base: base, torch.device("cpu"))
+        kinds = {type(module) for module in student.modules()}
+        assert any(issubclass(kind, torch.nn.RMSNorm) for kind in kinds)
+        assert not kinds & {torch.nn.RMSNorm, torch.nn.LayerNorm}

@@ -7,6 +7,7 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from safetensors import safe_open
 
+from asymflow_ft.components.norms import narrow_norms
 from asymflow_ft.components.quantize import quantize_frozen
 from asymflow_ft.components.subspace import PixelSubspace
 from asymflow_ft.data.cache import content_key
@@ -71,6 +72,7 @@ def build_student(
         network = start.with_dtype(base_dtype(recipe)).transformer()
     else:
         network = family.lift(base(), subspace)
+    narrow_norms(network)
     if recipe.train.base_weights != "full":
         quantize_frozen(network, recipe.train.base_weights, family.TRAINED_ENDS, device)
     network.to(device)

@@ -13,6 +13,7 @@ from tests.fake_cuda import Moved, fake_cuda, put_on
 from tests.families.conftest import LENGTH, pixel_pipeline
 
 GRID = (8, 8)
+Answer = tuple[type[nn.Module], torch.dtype, torch.dtype]  # of a norm: its kind, what it is given, what it says
 
 
 @pytest.fixture
@@ -22,8 +23,8 @@ def network(tiny):
         yield put_on(tiny.family.lift(tiny.parts.transformer, tiny.subspace), torch.bfloat16)
 
 
-def call(tiny, network: nn.Module, dtype: torch.dtype = torch.float32) -> tuple[Moved, int, list[torch.dtype]]:
-    """One call of the network: its operators, the bytes that its blocks move, and the precisions of its norms."""
+def call(tiny, network: nn.Module, dtype: torch.dtype = torch.float32) -> tuple[Moved, int, list[Answer]]:
+    """One call of the network: its operators, the bytes that its blocks move, and what its norms do."""
     kinds = network._repeated_blocks or network._no_split_modules
     moved, before, inside, answers = Moved(), [0], [0], []
 
@@ -36,7 +37,10 @@ def call(tiny, network: nn.Module, dtype: torch.dtype = torch.float32) -> tuple[
     with ExitStack() as stack:
         for module in network.modules():
             if isinstance(module, nn.LayerNorm | nn.RMSNorm):
-                hook = module.register_forward_hook(lambda norm, inputs, answer: answers.append(answer.dtype))
+                kind = nn.RMSNorm if isinstance(module, nn.RMSNorm) else nn.LayerNorm
+                hook = module.register_forward_hook(
+                    lambda _, given, answer, kind=kind: answers.append((kind, given[0].dtype, answer.dtype))
+                )
                 stack.callback(hook.remove)
             if type(module).__name__ in kinds:
                 stack.callback(module.register_forward_pre_hook(enter).remove)
@@ -57,27 +61,30 @@ def test_a_network_that_draws_moves_what_a_stock_one_moves(tiny, network, monkey
     _, drawing, answers = call(tiny, network)
     monkeypatch.setattr(tiny.family, "autocast", lambda *_: nullcontext())
     _, stock, expected = call(tiny, network, torch.bfloat16)
-    assert answers == expected and expected[-1] == torch.bfloat16
+    assert answers == expected and expected[-1][-1] == torch.bfloat16
     assert drawing == pytest.approx(stock, rel=1e-3) and stock > 1e6
 
 
-def test_training_runs_the_same_operators(tiny, network):
-    """The trained network, the reference in it, and any network that is differentiated: norms in float32."""
+def test_training_keeps_layer_norms_wide_and_rms_norms_as_they_come(tiny, network):
+    """Of the trained network, the reference in it, and any network that is differentiated. Left to autocast, RMS norms
+    are float32 too since torch 2.12."""
     call(tiny, network)  # some make tables at their first call
 
-    def run() -> list[Moved]:
+    def run() -> list[tuple[int, list[Answer]]]:
         runs = []
         for training, gradients in [(True, True), (True, False), (False, True)]:
             with torch.set_grad_enabled(gradients):
                 moved, _, answers = call(tiny, network.train(training))
-            assert set(answers) == {torch.float32}
-            runs.append(moved)
+            runs.append((moved.moved.total(), answers))
         return runs
 
-    expected = run()
+    wide = run()
+    assert {dtype for _, answers in wide for *_, dtype in answers} == {torch.float32}
     narrow_norms(network)
-    for moved, before in zip(run(), expected, strict=True):
-        assert moved.operators == before.operators and moved.moved == before.moved
+    for (moved, answers), (moved_wide, _) in zip(run(), wide, strict=True):
+        assert all(answer == (given if kind is nn.RMSNorm else torch.float32) for kind, given, answer in answers)
+        saves = any(kind is nn.RMSNorm and given == torch.bfloat16 for kind, given, _ in answers)
+        assert moved < moved_wide if saves else moved == moved_wide
 
 
 def test_norms_with_wide_weights_are_left_to_autocast(tiny, network):
