@@ -227,9 +227,9 @@ def test_every_delay_is_found_in_its_part(part, run, hands, monkeypatch):
     assert {name: seconds for name, seconds in parts.items() if seconds} == {part: spent}
 
 
-@pytest.mark.parametrize("perceptual", ["vgg", "none"])
-def test_parts_are_the_whole_and_memory_is_the_plan(perceptual, capsys, tmp_path):
-    options = ["--resolution", "64", "--rank", "8", "--perceptual", perceptual, "--repeats", "2"]
+@pytest.mark.parametrize("trained", [("--rank", "8", "--perceptual", "vgg"), ("--rank", "8"), ("--full",)])
+def test_parts_are_the_whole_and_memory_is_the_plan(trained, capsys, tmp_path):
+    options = ["--resolution", "64", "--perceptual", "none", *trained, "--repeats", "2"]
     assert cli.main(["bench", "step", *options, "--out", str(tmp_path)]) == 0
     result = json.loads((tmp_path / "bench.json").read_text())
     assert list(result["parts"]) == list(bench.PARTS) and (tmp_path / "chart.png").stat().st_size > 1000

@@ -37,8 +37,8 @@ def measured_memory(run: Run) -> dict[str, int | None]:
         torch.cuda.reset_peak_memory_stats()
         losses(run, batch, noise)
         return {**held, "activations": torch.cuda.max_memory_allocated() - sum(held.values())}
-    known = [*run.network.parameters(), *run.network.buffers(), *run.model.subspace.buffers(), *gradients]
-    with Meter([*known, batch.rgb, batch.z0, batch.embeds]) as meter:
+    known = [tensor for network in run.networks for tensor in (*network.parameters(), *network.buffers())]
+    with Meter([*known, *run.model.subspace.buffers(), *gradients, batch.rgb, batch.z0, batch.embeds]) as meter:
         losses(run, batch, noise)
     return {**held, "activations": meter.peak}
 

@@ -45,11 +45,15 @@ ARITHMETIC = "recovery + loss arithmetic"
 
 @dataclass
 class Run:
-    """All that the steps of one process need, as finetune.py has it; with a watch in the places where parts change."""
+    """All that the steps of one process need, as finetune.py has it; with a watch in the places where parts change.
+
+    network: the trained one. networks: that, and the frozen base where there is one. frozen: bytes of their weights.
+    """
 
     recipe: Recipe
     accelerator: Accelerator
     network: ModelMixin
+    networks: tuple[nn.Module, ...]
     model: PixelModel
     reference: trainable.Reference | None
     codec: PixelCodec
@@ -144,11 +148,11 @@ def build_run(architecture: Architecture, recipe: Recipe, accelerator: Accelerat
         return handed
 
     network = build_student(recipe, family, subspace, None, hand_over, device)
-    frozen: tuple[nn.Module, ...] = (network,)
+    networks: tuple[nn.Module, ...] = (network,)
     reference = None
     predict_reference = watched_predict(family.predict, watch, "reference forward")
     if base is not None and recipe.loss.variance_reduction:
-        reference, frozen = trainable.frozen_reference(base, subspace, predict_reference), (network, base)
+        reference, networks = trainable.frozen_reference(base, subspace, predict_reference), (network, base)
     network.train()
     if train.gradient_checkpointing:
         network.enable_gradient_checkpointing(watched_checkpoint(train.gradient_checkpointing, watch))
@@ -169,8 +173,8 @@ def build_run(architecture: Architecture, recipe: Recipe, accelerator: Accelerat
     draw_noise = partial(pixel_noise, patch=family.GEOMETRY[1], seed=recipe.seed)
     batches = micro_batches(loader(recipe, make_data(recipe, architecture, accelerator), 0, accelerator), draw_noise)
     return Run(
-        recipe, accelerator, network, model, reference, PixelCodec(), perceptual, optimizer, ema, batches, watch,
-        frozen_bytes(*frozen), perceptual_bytes,
+        recipe, accelerator, network, networks, model, reference, PixelCodec(), perceptual, optimizer, ema, batches,
+        watch, frozen_bytes(*networks), perceptual_bytes,
     )  # fmt: skip
 
 
