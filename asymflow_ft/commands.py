@@ -19,6 +19,7 @@ from asymflow_ft.bench.cache import bench_cache
 from asymflow_ft.bench.limits import Bench, gpu_is_full
 from asymflow_ft.bench.memory import bench_memory
 from asymflow_ft.bench.sample import bench_sample
+from asymflow_ft.bench.scratch import end_by_signal
 from asymflow_ft.bench.step import bench_step
 from asymflow_ft.bench.sweep import bench_sweep, parse_sweep
 from asymflow_ft.bench.targets import bench_targets
@@ -240,7 +241,7 @@ def run_bench(args: argparse.Namespace) -> None:
             args.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"--out {args.out} cannot be made: {error}; name another folder") from error
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, so that temporary folders are removed
+    signal.signal(signal.SIGTERM, end_by_signal)
     device = process_state().device
     given = {name: value for name, value in vars(args).items() if name in TRAINING | DRAWING | ALIGNING}
     used = BENCH_OPTIONS[args.what]

@@ -1,10 +1,8 @@
 """Aligning against decoding and encoding the same pictures, which it cannot do without."""
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -16,6 +14,7 @@ from asymflow_ft.align import draw, make_report, strip, sum_tokens
 from asymflow_ft.bench.architectures import Architecture, random_vae
 from asymflow_ft.bench.clock import Stopwatch, Timing, interleaved, measure, own_seconds, peak_memory, summary
 from asymflow_ft.bench.growth import fit_growth, sizes_up_to
+from asymflow_ft.bench.scratch import scratch_folder
 from asymflow_ft.bench.workload import Options, picture, resolution_of
 from asymflow_ft.components.color import PixelCodec, rgb_tensor
 from asymflow_ft.data.ahead import THREADS
@@ -33,10 +32,10 @@ STAGES = ("decode", "resize", "VAE", "colour + patches", "Gram")
 @contextmanager
 def picture_folder(count: int, side: int) -> Iterator[Images]:
     """`count` different JPEG files as a source, which are gone afterwards."""
-    with tempfile.TemporaryDirectory(prefix="asymflow-bench-") as folder:
+    with scratch_folder() as folder:
         for number in range(count):
-            (Path(folder) / f"{number:06d}.jpg").write_bytes(picture(side, number))
-        yield open_source(folder, caption_column=None)
+            (folder / f"{number:06d}.jpg").write_bytes(picture(side, number))
+        yield open_source(str(folder), caption_column=None)
 
 
 def decode_and_encode(
@@ -115,8 +114,8 @@ def bench_align(architecture: Architecture, options: Options, device: torch.devi
             "report.png": peak_memory(lambda: strip(family, vae, codec, subspace, examples[:1]),
                                       [*weights, *subspace.buffers(), *examples[0]], device),
         }  # fmt: skip
-        with tempfile.TemporaryDirectory(prefix="asymflow-bench-") as folder:
-            file = Path(folder) / "report.png"
+        with scratch_folder() as folder:
+            file = folder / "report.png"
             ends = {"solve": measure(solve, repeats, WARMUP, CPU),
                     "report.png": measure(lambda: draw(file, report, strip(family, vae, codec, subspace, examples)),
                                           1, 0, device)}  # fmt: skip

@@ -5,7 +5,6 @@ import hashlib
 import io
 import json
 import math
-import tempfile
 from contextlib import redirect_stdout
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from asymflow_ft.bench.architectures import Architecture, random_vae
 from asymflow_ft.bench.clock import Stopwatch, Timing, interleaved, measure, own_seconds, peak_memory, summary
 from asymflow_ft.bench.growth import fit_growth, sizes_up_to
 from asymflow_ft.bench.run import accelerator_on, build_run, planned
+from asymflow_ft.bench.scratch import scratch_folder
 from asymflow_ft.bench.step import time_steps
 from asymflow_ft.bench.workload import Options, make_data, make_recipe
 from asymflow_ft.components.color import rgb_tensor
@@ -46,21 +46,21 @@ def filling(
     of memory by item."""
     family, side = architecture.family, recipe.data.resolution
     vae, size = random_vae(architecture, torch.float32, device), (side, side)
-    with picture_folder(FILLED, side) as images, tempfile.TemporaryDirectory(prefix="asymflow-bench-") as folder:
+    with picture_folder(FILLED, side) as images, scratch_folder() as folder:
         rows = {content_key(row): row for row in range(FILLED)}
 
         def encode(key: str) -> torch.Tensor:
             rgb = rgb_tensor(fit_image(images.image(rows[key]), size))
             return family.encode_latents(vae, rgb[None])[0]
 
-        store = TensorCache(Path(folder), recipe.cache.latents, LATENT_SHARD)
+        store = TensorCache(folder, recipe.cache.latents, LATENT_SHARD)
         values = [encode(key) for key in rows]
         works = {
             "fill": lambda: store.fill([list(rows)], lambda keys: [encode(key) for key in keys], "fill", show=False),
             "write": lambda: store.write(list(rows), values),
         }
         taken = interleaved(works, options.repeats, WARMUP, device)
-        written = sum(file.stat().st_size for file in Path(folder).iterdir())
+        written = sum(file.stat().st_size for file in folder.iterdir())
         weights = [*vae.parameters(), *vae.buffers()]
         memory = {
             "VAE weights": sum(tensor.nbytes for tensor in weights),
@@ -134,8 +134,8 @@ def starting(
     architecture: Architecture, recipe: Recipe, count: int, accelerator: Accelerator, repeats: int
 ) -> dict[str, Timing]:
     """What comes before the models of a run: the first look at `count` new pictures, and a start with all known."""
-    with tempfile.TemporaryDirectory(prefix="asymflow-bench-") as place:
-        folder, patch = Path(place), architecture.family.GEOMETRY[1]
+    with scratch_folder() as folder:
+        patch = architecture.family.GEOMETRY[1]
         recipe = replace(
             recipe, base=str(folder / "base"), output_dir=str(folder / "run"),
             data=Data(source=str(folder / "images/metadata.jsonl"), resolution=patch, held_out=0),
@@ -160,13 +160,13 @@ def bench_cache(architecture: Architecture, options: Options, device: torch.devi
     sizes = sizes_up_to(ENTRIES if options.images is None else options.images, (100, 10, 1))
     waits, starts = {}, {}
     for name, workers in (("no workers", 0), ("as the recipe's default", None)):
-        with tempfile.TemporaryDirectory(prefix="asymflow-bench-") as folder:
-            recipe = make_recipe(architecture, options, Path(folder), device)
+        with scratch_folder() as folder:
+            recipe = make_recipe(architecture, options, folder, device)
             recipe = replace(recipe, data=replace(recipe.data, workers=workers))
             waits[name] = waiting(architecture, recipe, options, device)
         gc.collect()  # the network and its hooks hold one another
-    with tempfile.TemporaryDirectory(prefix="asymflow-bench-") as folder, torch.no_grad():
-        recipe = make_recipe(architecture, options, Path(folder), device)
+    with scratch_folder() as folder, torch.no_grad():
+        recipe = make_recipe(architecture, options, folder, device)
         filled, stored, memory = filling(architecture, recipe, options, device)
         data = make_data(recipe, architecture, accelerator)
         read = reading(data, options.repeats)

@@ -1,11 +1,9 @@
 """The networks, optimizer, average and data of a training run with random weights, as finetune.py makes them."""
 
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -22,6 +20,7 @@ from asymflow_ft.bench.architectures import (
 )
 from asymflow_ft.bench.clock import Stopwatch
 from asymflow_ft.bench.limits import check_memory
+from asymflow_ft.bench.scratch import scratch_folder
 from asymflow_ft.bench.workload import Options, make_data, make_recipe
 from asymflow_ft.components.color import PixelCodec
 from asymflow_ft.components.subspace import PixelModel, PixelSubspace
@@ -217,8 +216,8 @@ def started(architecture: Architecture, options: Options, device: torch.device) 
         ValueError: options that cannot work; `NotEnoughMemory` for more memory than there is.
     """
     accelerator = accelerator_on(device)
-    with tempfile.TemporaryDirectory(prefix="asymflow-bench-") as folder:
-        recipe = make_recipe(architecture, options, Path(folder), device)
+    with scratch_folder() as folder:
+        recipe = make_recipe(architecture, options, folder, device)
         plan = planned(architecture, recipe, accelerator)
         torch.manual_seed(0)
         run = build_run(architecture, recipe, accelerator, Stopwatch(device))
