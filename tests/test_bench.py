@@ -66,6 +66,9 @@ def test_a_config_names_its_family(tmp_path, tiny_base):
     vae.parent.mkdir()
     for changes, text in (
         ({"num_layers": "four"}, '{"_class_name": "AutoencoderKLFlux2"}'),
+        ({"axes_dims_rope": [8, 8]}, '{"_class_name": "AutoencoderKLFlux2"}'),
+        ({"attention_head_dim": 48}, '{"_class_name": "AutoencoderKLFlux2"}'),
+        ({"in_channels": 64}, '{"_class_name": "AutoencoderKLFlux2"}'),
         ({}, '{"_class_name": "AutoencoderFoo"}'),
         ({}, '{"_class_name": "AutoencoderKL"}'),
     ):

@@ -8,15 +8,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 import diffusers
 import torch
 from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin, ModularPipeline
 from torch import Tensor, nn
+from torch._subclasses import fake_tensor
 
-from asymflow_ft.components.subspace import PixelSubspace
+from asymflow_ft.components.subspace import Cond, PixelSubspace
 from asymflow_ft.families import family_of_transformer, flux2, flux3
+from asymflow_ft.training.rehearsal import fake, full_length
 
 SCALE = 2.4  # of the random subspaces; about what unit-variance latents and pixels give (docs/method.md)
 _FLUX2 = {
@@ -98,7 +101,7 @@ def find_architecture(name: str) -> Architecture:
         raise ValueError(f"the VAE of {name} is not known: there is no {beside}; put the one of its base there")
     found = Architecture(name, family, transformer, _config(beside) if beside.is_file() else _VAE)
     try:
-        transformer_on_meta(found)
+        _forward_once(found)
         vae = vae_on_meta(found)
         fits = (family.latent_dim(vae), family.pixel_patch(vae)) == family.GEOMETRY
     except Exception as error:  # whatever a constructor says of values that it cannot work with
@@ -106,6 +109,16 @@ def find_architecture(name: str) -> Architecture:
     if not fits:
         raise ValueError(f"the VAE of {beside} is not one that {transformer['_class_name']} has latents of")
     return found
+
+
+def _forward_once(architecture: Architecture) -> None:
+    """Of shapes alone: head sizes and position axes that do not fit one another fail here, and not in a benchmark."""
+    family, network = architecture.family, transformer_on_meta(architecture)
+    quiet = patch.object(fake_tensor.log, "disabled", True)
+    with quiet, fake_tensor.FakeTensorMode(allow_non_fake_inputs=True), full_length():
+        text = torch.empty(1, architecture.text_length, family.text_dim(network))
+        tokens = torch.empty(1, 4, family.GEOMETRY[0])
+        family.predict(fake(network), tokens, torch.empty(1), Cond(text, architecture.guidance), (2, 2))
 
 
 def _config(file: Path) -> dict[str, Any]:
