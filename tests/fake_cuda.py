@@ -9,6 +9,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -16,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from asymflow_ft.training.rehearsal import full_length
 
 _aten = torch.ops.aten
-_PRODUCTS = {_aten.mm, _aten.addmm, _aten.bmm}
+_PRODUCTS = {_aten.mm, _aten.addmm, _aten.bmm, _aten._scaled_dot_product_flash_attention}
 
 
 class _WithoutGuard(TorchFunctionMode):
@@ -69,6 +70,24 @@ def fake_cuda() -> Iterator[None]:
         yield
 
 
+class FusedKernels(TorchFunctionMode):
+    """One kernel each for RMS norms and for attention without a mask, as CUDA has, in the precision that its autocast
+    gives them; a torch without CUDA takes them apart."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, narrow = kwargs or {}, torch.get_autocast_dtype("cuda")
+        autocast = torch.is_autocast_enabled("cuda")
+        if function is F.rms_norm:
+            x, shape, weight, eps = (*args, *kwargs.values())
+            if autocast:
+                x, weight = x.float(), None if weight is None else weight.float()
+            return _aten.native_layer_norm(x, shape, weight, None, eps)[0]  # which reads and writes as much
+        if function is F.scaled_dot_product_attention and kwargs.get("attn_mask") is None:
+            parts = [part.to(narrow) if autocast else part for part in (*args, *kwargs.values())[:3]]
+            return _aten._scaled_dot_product_flash_attention(*parts)[0]
+        return function(*args, **kwargs)
+
+
 def put_on(network: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Give a module fake tensors on "cuda" in the place of its own; inside `fake_cuda`."""
     for module in network.modules():
@@ -84,7 +103,7 @@ def put_on(network: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 class Moved(TorchDispatchMode):
-    """Counts the bytes that operators read and write, other than views, and the products apart.
+    """Counts the bytes that operators read and write, other than views, products and attention.
 
     moved: by operator. operators: all of them, with the precisions of their inputs, in order.
     """

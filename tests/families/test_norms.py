@@ -2,14 +2,17 @@
 
 from contextlib import ExitStack, nullcontext
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
+from accelerate import init_empty_weights
 from torch import nn
 
+from asymflow_ft.bench.architectures import NAMED, transformer_on_meta
 from asymflow_ft.components.norms import narrow_norms
 from asymflow_ft.components.subspace import Cond
-from tests.fake_cuda import Moved, fake_cuda, put_on
+from tests.fake_cuda import FusedKernels, Moved, fake_cuda, put_on
 from tests.families.conftest import LENGTH, pixel_pipeline
 
 GRID = (8, 8)
@@ -96,3 +99,31 @@ def test_norms_with_wide_weights_are_left_to_autocast(tiny, network):
         x = torch.empty(1, norm.normalized_shape[0], dtype=torch.bfloat16, device="cuda")
         assert norm(x).dtype == norm.weight.dtype == torch.float32
         assert torch.is_autocast_enabled("cuda")
+
+
+@torch.no_grad()
+def test_what_klein_moves_in_a_guided_step_at_full_size():
+    """GB beside products and attention, and kernels, of two calls in bf16 at 1024 px: the figures of
+    docs/performance.md."""
+    klein = NAMED["klein-4b"]
+    base = transformer_on_meta(klein)
+    with init_empty_weights():
+        lifted = type(base).from_config({**base.config, "in_channels": 768, "out_channels": None})
+
+    def count(network: nn.Module, width: int, dtype: torch.dtype) -> tuple[float, int]:
+        tokens, tau = (torch.empty(*shape, dtype=dtype, device="cuda") for shape in ((1, 4096, width), (1,)))
+        embeds = torch.empty(1, 512, 7680, dtype=torch.bfloat16, device="cuda")
+        with Moved() as moved:
+            klein.family.predict(network, tokens, tau, Cond(embeds), (64, 64))
+        return 2 * moved.moved.total() / 1e9, 2 * len(moved.operators)
+
+    with fake_cuda(), FusedKernels():
+        base, lifted = (put_on(network.eval(), torch.bfloat16) for network in (base, lifted))
+        wide = count(lifted, 768, torch.float32)
+        narrow_norms(lifted)
+        narrow = count(lifted, 768, torch.float32)
+        with patch.object(klein.family, "autocast", lambda *_: nullcontext()):
+            stock = count(base, 128, torch.bfloat16)
+    assert wide == (pytest.approx(185.0, rel=1e-3), 2506)
+    assert narrow == (pytest.approx(131.2, rel=1e-3), 2152)
+    assert stock == (pytest.approx(131.05, rel=1e-3), 2150)
