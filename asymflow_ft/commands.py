@@ -16,7 +16,7 @@ from asymflow_ft.bench import charts, report
 from asymflow_ft.bench.align import bench_align
 from asymflow_ft.bench.architectures import find_architecture
 from asymflow_ft.bench.cache import bench_cache
-from asymflow_ft.bench.limits import Bench, gpu_is_full
+from asymflow_ft.bench.limits import Bench
 from asymflow_ft.bench.memory import bench_memory
 from asymflow_ft.bench.sample import bench_sample
 from asymflow_ft.bench.scratch import end_by_signal
@@ -26,6 +26,7 @@ from asymflow_ft.bench.targets import bench_targets
 from asymflow_ft.bench.workload import Options
 from asymflow_ft.components.attention import prepare_attention
 from asymflow_ft.components.color import PixelCodec
+from asymflow_ft.components.memory import gpu_is_full
 from asymflow_ft.components.pipelines import NEGATIVE_PROMPT
 from asymflow_ft.data.decode import decode
 from asymflow_ft.data.source import open_sources
@@ -59,7 +60,9 @@ def run(args: argparse.Namespace) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not gpu_is_full(error):
+            raise
         print(f"error: {error} (smaller pictures, batches or --dtype bfloat16 need less)", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

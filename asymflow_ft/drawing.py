@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+from asymflow_ft.components.memory import free_memory, gpu_is_full
 from asymflow_ft.components.subspace import PixelSubspace
 from asymflow_ft.data.cache import content_key
 from asymflow_ft.export import is_run, load_pixel_pipeline, open_source, subspace_key
@@ -26,7 +27,7 @@ from asymflow_ft.families.base import NoIndexError, component_id, load_index, va
 from asymflow_ft.hub.cards import hub_commit
 from asymflow_ft.hub.forms import Converted, fetch_converted
 from asymflow_ft.training.checkpoint import newest_whole
-from asymflow_ft.training.encode import encode_texts, free_memory, load_text_parts
+from asymflow_ft.training.encode import encode_texts, load_text_parts
 from asymflow_ft.training.run import peak_memory_gb, reset_peak_memory, synchronise
 from asymflow_ft.training.validation import base_noise, prompt_noise
 
@@ -260,7 +261,9 @@ def draw(
             began = time.perf_counter()
             try:
                 pictures, finite = run(noise.to(device), text.to(device))
-            except torch.OutOfMemoryError as error:
+            except RuntimeError as error:
+                if not gpu_is_full(error):
+                    raise
                 raise ValueError(
                     f"out of memory with {len(batch)} pictures of {model.size}x{model.size} of {model.name} at once; "
                     "run the same command with a smaller --batch-size, which changes nothing else"

@@ -32,6 +32,7 @@ from tqdm import tqdm
 from asymflow_ft.align import align, check_aligned_for, describe
 from asymflow_ft.components.attention import prepare_attention
 from asymflow_ft.components.color import PixelCodec
+from asymflow_ft.components.memory import free_memory, gpu_is_full
 from asymflow_ft.components.pipelines import flow_solver
 from asymflow_ft.components.subspace import PixelModel, PixelSubspace, load_subspace
 from asymflow_ft.data.cache import content_key
@@ -44,7 +45,6 @@ from asymflow_ft.training import trainable
 from asymflow_ft.training.checkpoint import load_checkpoint, newest_whole, restore, save_checkpoint, write_json
 from asymflow_ft.training.distributed import gather, gather_optimizer, limit_norm, load_optimizer, whole
 from asymflow_ft.training.ema import PowerEma
-from asymflow_ft.training.encode import free_memory
 from asymflow_ft.training.feed import loader, micro_batches
 from asymflow_ft.training.objective import pixel_noise, summarise, training_terms
 from asymflow_ft.training.optimizer import make_optimizer, set_rates
@@ -99,7 +99,9 @@ def main(arguments: list[str] | None = None) -> int:
         if process_state().is_main_process:
             tqdm.write(f"error: {error}", file=sys.stderr)
         return 1
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not gpu_is_full(error):
+            raise
         tqdm.write(f"error: {out_of_memory(recipe, error)}", file=sys.stderr)
         return 1
     except Stopped as stopped:

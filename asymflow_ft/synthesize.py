@@ -24,13 +24,14 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from asymflow_ft.align import to_picture
+from asymflow_ft.components.memory import free_memory, gpu_is_full
 from asymflow_ft.data.buckets import bucket_size
 from asymflow_ft.data.synthetic import SETTINGS, read_rows, weights_digest
 from asymflow_ft.families.terms import OUTPUT_TERMS
 from asymflow_ft.hub.cards import card_licence, data_card, hub_commit, licence_terms
 from asymflow_ft.hub.provenance import versions
 from asymflow_ft.training.checkpoint import write_whole
-from asymflow_ft.training.encode import encode_texts, free_memory, load_text_parts
+from asymflow_ft.training.encode import encode_texts, load_text_parts
 from asymflow_ft.training.run import PNG_BYTES_PER_PIXEL, claim_folder, process_state
 
 SHARD = 64  # pictures
@@ -222,7 +223,9 @@ def _latents(job: _Job, stock: DiffusionPipeline, embeds: dict[str, Tensor], bat
             embeds[""].to(device), (height, width), job.sampling.steps, job.sampling.guidance, output_type="latent",
         )  # fmt: skip
         z = z.half().cpu().contiguous()
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not gpu_is_full(error):
+            raise
         raise ValueError(
             f"out of GPU memory with {len(batch)} pictures of {width}x{height} at once; run the same command with a "
             "smaller --batch-size, which changes nothing else"

@@ -213,14 +213,19 @@ def test_bad_steps_are_skipped_and_then_stop_the_run(tmp_path, small_data, subsp
     assert all(torch.equal(kept[-1][name], kept[-2][name]) for name in kept[-1])  # a skipped step changes nothing
 
 
-def test_out_of_memory_names_the_keys_that_help(tmp_path, small_data, subspace, capsys, monkeypatch):
+FULL = [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")]  # fmt: skip
+
+
+@pytest.mark.parametrize("given", FULL, ids=["torch", "cublas"])
+def test_out_of_memory_names_the_keys_that_help(given, tmp_path, small_data, subspace, capsys, monkeypatch):
     def too_large(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        raise given
 
     monkeypatch.setattr(finetune, "training_terms", too_large)
     assert run(tmp_path / "run", small_data, subspace, "train.steps=1") == 1
     error = capsys.readouterr().err
-    assert "CUDA out of memory" in error and "these recipe keys would help most" in error and "GB less" in error
+    assert str(given) in error and "these recipe keys would help most" in error and "GB less" in error
     assert "Traceback" not in error
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from asymflow_ft.bench.architectures import Architecture
 from asymflow_ft.bench.clock import Timing, measure
 from asymflow_ft.bench.workload import Options
+from asymflow_ft.components.memory import gpu_is_full
 
 Bench = Callable[[Architecture, Options, torch.device], dict[str, Any]]
 
@@ -59,12 +60,6 @@ class NotEnoughMemory(ValueError):
     """The machine has less memory than a benchmark needs."""
 
 
-def gpu_is_full(error: RuntimeError) -> bool:
-    """Whether this is what a GPU without free memory answers: libraries have errors of their own for it."""
-    texts = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "out of memory")
-    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
-
-
 def figures_or_error(
     bench: Bench, architecture: Architecture, options: Options, device: torch.device
 ) -> dict[str, Any] | Exception:
@@ -74,7 +69,7 @@ def figures_or_error(
     try:
         return bench(architecture, options, device)
     except (RuntimeError, NotEnoughMemory) as error:
-        if isinstance(error, RuntimeError) and not gpu_is_full(error):
+        if not isinstance(error, NotEnoughMemory) and not gpu_is_full(error):
             raise
         return error.with_traceback(None)  # which holds the networks
     finally:

@@ -1,6 +1,5 @@
 """Captions to embeddings and images to latents: by the base's models, or from the cache."""
 
-import gc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -11,6 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from asymflow_ft.components.memory import free_memory
 from asymflow_ft.data.cache import Storage, TensorCache, content_key, rounded
 from asymflow_ft.data.prepare import Entry
 from asymflow_ft.data.synthetic import SETTINGS, stored_latents
@@ -18,12 +18,6 @@ from asymflow_ft.families.base import component_id
 from asymflow_ft.recipe import Recipe
 
 TEXT_BATCH = 16
-
-
-def free_memory() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def load_text_parts(

@@ -14,7 +14,6 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from asymflow_ft import cli
-from asymflow_ft.bench.architectures import find_architecture
 from asymflow_ft.components.subspace import Cond
 from asymflow_ft.export import load_pixel_pipeline
 from asymflow_ft.families.base import compile_blocks
@@ -40,12 +39,6 @@ def test_bfloat16_is_near_float32(tiny):
     assert outputs[1].dtype == torch.float32
     error = (outputs[1] - outputs[0]).norm() / outputs[0].norm()
     assert 1e-5 < error < 0.05
-
-
-def test_a_benchmark_takes_its_config(tiny):
-    found = find_architecture(f"{tiny.folder}/transformer")
-    assert found.family is tiny.family
-    assert found.guidance is None or tiny.guidance() is not None
 
 
 def test_exactly_the_ends_and_the_adapters_are_trained(tiny):
