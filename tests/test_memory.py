@@ -13,12 +13,15 @@ from huggingface_hub.hf_api import ModelInfo
 from torch.profiler import ProfilerActivity, profile
 
 from asymflow_ft.bench.run import frozen_bytes
+from asymflow_ft.components.norms import narrow_norms
 from asymflow_ft.components.quantize import quantize_frozen
+from asymflow_ft.components.subspace import Cond, PixelModel
 from asymflow_ft.families import flux2
 from asymflow_ft.families.base import transformer_on_meta, vae_on_meta
 from asymflow_ft.recipe import load_recipe, override
 from asymflow_ft.training import memory, plan, rehearsal
 from tests.conftest import REPOSITORY
+from tests.fake_cuda import FusedKernels, fake_cuda
 
 KLEIN_4B = {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680}
 KLEIN_9B = {"num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32, "joint_attention_dim": 12288}
@@ -161,6 +164,25 @@ def test_rehearsal_holds_what_a_real_step_allocates(overrides, small, monkeypatc
     real = Allocations.peak_of_allocator
     assert max(for_cpu.network, for_cpu.perceptual) == pytest.approx(real, rel=0.02)
     assert max(for_gpu.network, for_gpu.perceptual) == pytest.approx(real, rel=0.15)
+
+
+def test_drawing_is_planned_as_cuda_draws(small):
+    """With norms in 16 bits; CUDA's autocast alone takes a quarter more."""
+    recipe = tiny_recipe(LORA, "train.precision=bf16", "data.resolution=512")
+    network, base, subspace = memory.build_networks(recipe, flux2, *small)
+    rehearsal.rehearse_step(recipe, flux2, network, base, subspace)
+    planned = rehearsal.rehearse_drawing(recipe, flux2, network, subspace, 2)
+    network, _, subspace = memory.build_networks(recipe, flux2, *small)
+    with fake_cuda(), FusedKernels(), torch.no_grad():
+        for module in (network.requires_grad_(False), subspace):  # a torch without CUDA has no gradients there
+            module._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device="cuda"))
+        model = PixelModel(narrow_norms(network).eval(), subspace, flux2.predict)
+        with rehearsal.Meter([*network.parameters(), *subspace.buffers()]) as meter:
+            length, width = recipe.text.max_length, flux2.text_dim(network)
+            embeds = torch.empty(2, length, width, dtype=torch.bfloat16, device="cuda")
+            x, sigma = (torch.empty(2, *shape, device="cuda") for shape in ((32**2, 768), (1, 1)))
+            guided = [model.velocity(x, sigma, Cond(embeds), (32, 32)) for _ in range(2)]
+    assert len(guided) == 2 and planned == pytest.approx(meter.peak, rel=0.035)
 
 
 def test_arithmetic_is_that_of_the_paper(klein_4b):

@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from asymflow_ft.components.color import PixelCodec
+from asymflow_ft.components.norms import narrow_norms
 from asymflow_ft.components.subspace import Cond, PixelModel, PixelSubspace
 from asymflow_ft.data.prepare import Batch
 from asymflow_ft.recipe import Recipe
@@ -271,7 +272,7 @@ def rehearse_drawing(
     with mode, as_on_cuda(), full_length(), Meter([*network.parameters(), *subspace.buffers()]) as meter:
         x = torch.empty(count, side**2, 3 * size**2)
         cond = Cond(torch.empty(count, recipe.text.max_length, family.text_dim(network), dtype=dtype))
-        model, sigma = PixelModel(network.eval(), subspace, family.predict), torch.empty(count, 1, 1)
+        model, sigma = PixelModel(narrow_norms(network).eval(), subspace, family.predict), torch.empty(count, 1, 1)
         guided = [model.velocity(x, sigma, cond, (side, side)) for _ in range(2)]
         del guided
     return meter.peak
