@@ -1,6 +1,5 @@
 """The cache: filling it, reading training samples from it, waiting for them, and starting with it full."""
 
-import gc
 import hashlib
 import io
 import json
@@ -164,7 +163,6 @@ def bench_cache(architecture: Architecture, options: Options, device: torch.devi
             recipe = make_recipe(architecture, options, folder, device)
             recipe = replace(recipe, data=replace(recipe.data, workers=workers))
             waits[name] = waiting(architecture, recipe, options, device)
-        gc.collect()  # the network and its hooks hold one another
     with scratch_folder() as folder, torch.no_grad():
         recipe = make_recipe(architecture, options, folder, device)
         filled, stored, memory = filling(architecture, recipe, options, device)
