@@ -1,7 +1,6 @@
 """What each command of asymflow-ft does: calls, prints."""
 
 import argparse
-import signal
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,7 +18,7 @@ from asymflow_ft.bench.cache import bench_cache
 from asymflow_ft.bench.limits import Bench
 from asymflow_ft.bench.memory import bench_memory
 from asymflow_ft.bench.sample import bench_sample
-from asymflow_ft.bench.scratch import end_by_signal
+from asymflow_ft.bench.scratch import ended_by_signals
 from asymflow_ft.bench.step import bench_step
 from asymflow_ft.bench.sweep import bench_sweep, parse_sweep
 from asymflow_ft.bench.targets import bench_targets
@@ -244,7 +243,6 @@ def run_bench(args: argparse.Namespace) -> None:
             args.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"--out {args.out} cannot be made: {error}; name another folder") from error
-    signal.signal(signal.SIGTERM, end_by_signal)
     device = process_state().device
     given = {name: value for name, value in vars(args).items() if name in TRAINING | DRAWING | ALIGNING}
     used = BENCH_OPTIONS[args.what]
@@ -268,10 +266,11 @@ def run_bench(args: argparse.Namespace) -> None:
     on = report.machine(device)
     try:
         architecture = find_architecture(args.arch)
-        if key:
-            result = bench_sweep(BENCHES[args.what], architecture, options, device, key, values)
-        else:
-            result = BENCHES[args.what](architecture, options, device)
+        with ended_by_signals():
+            if key:
+                result = bench_sweep(BENCHES[args.what], architecture, options, device, key, values)
+            else:
+                result = BENCHES[args.what](architecture, options, device)
     except RuntimeError as error:
         if not gpu_is_full(error):
             raise

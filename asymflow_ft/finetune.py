@@ -109,7 +109,8 @@ def main(arguments: list[str] | None = None) -> int:
             tqdm.write(f"stopped: {stopped}; the same command continues", file=sys.stderr)
         return STOPPED
     except KeyboardInterrupt:
-        tqdm.write("interrupted; the same command continues from the newest checkpoint", file=sys.stderr)
+        then = "" if args.dry_run else "; the same command continues from the newest checkpoint"
+        tqdm.write(f"interrupted{then}", file=sys.stderr)
         return 130
     return 0
 

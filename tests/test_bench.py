@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -309,37 +307,3 @@ def test_a_full_gpu_is_explained(error, capsys, monkeypatch):
     error = RuntimeError("another one")
     with pytest.raises(RuntimeError, match="another one"):
         figures_or_error(full, NAMED["tiny"], TINY, CPU)
-
-
-def test_a_signal_ends_what_drops_exceptions(tmp_path):
-    code = """
-import os, signal, weakref
-from asymflow_ft.bench.scratch import end_by_signal, scratch_folder
-
-def callback(_):  # where Python drops exceptions, as in a fork's
-    os.kill(os.getpid(), signal.SIGTERM)
-    for _ in range(1000):
-        pass
-
-signal.signal(signal.SIGTERM, end_by_signal)
-with scratch_folder() as folder:
-    (folder / "file").touch()
-    held = set()
-    watched = weakref.ref(held, callback)
-    del held
-"""
-    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"TMPDIR": str(tmp_path)}, cwd=REPOSITORY)
-    assert done.returncode == 143 and not list(tmp_path.iterdir())
-
-
-def test_sigterm_leaves_no_folder(tmp_path):
-    command = [sys.executable, "-m", "asymflow_ft.cli", "bench", "step", "--resolution", "64", "--repeats", "100000"]
-    bench = subprocess.Popen(command, env=os.environ | {"TMPDIR": str(tmp_path)}, cwd=REPOSITORY)
-    try:
-        deadline = time.monotonic() + 120
-        while not list(tmp_path.glob("asymflow-bench-*/run/cache/*")) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        bench.terminate()
-        assert bench.wait(60) == 143 and not list(tmp_path.glob("asymflow-bench-*"))
-    finally:
-        bench.kill()
