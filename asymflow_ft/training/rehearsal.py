@@ -58,6 +58,8 @@ class Meter(TorchDispatchMode):
         super().__init__()
         self.now = self.peak = self.flops = 0
         self._seen = {tensor.untyped_storage()._cdata for tensor in held}
+        self._alive: dict[int, tuple[weakref.ref[Any], int, int]] = {}
+        self._gone: list[weakref.ref[Any]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -68,21 +70,27 @@ class Meter(TorchDispatchMode):
 
     def take_peak(self) -> int:
         """The peak until now; the next one starts from here."""
+        self._forget()
         peak, self.peak = self.peak, self.now
         return peak
 
     def _add(self, tensor: Tensor) -> None:
+        self._forget()
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key not in self._seen:
             self._seen.add(key)
             self.now += size
             self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._remove, key, size)
+            # no callback in Python, which would lose a Ctrl-C that comes just then
+            watched = weakref.ref(storage, self._gone.append)
+            self._alive[id(watched)] = watched, key, size
 
-    def _remove(self, key: int, size: int) -> None:
-        self._seen.discard(key)
-        self.now -= size
+    def _forget(self) -> None:
+        while self._gone:
+            _, key, size = self._alive.pop(id(self._gone.pop()))
+            self._seen.discard(key)
+            self.now -= size
 
 
 class _FusedRmsNorm(torch.autograd.Function):
