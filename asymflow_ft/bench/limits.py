@@ -11,7 +11,7 @@ from torch import nn
 from asymflow_ft.bench.architectures import Architecture
 from asymflow_ft.bench.clock import Timing, measure
 from asymflow_ft.bench.workload import Options
-from asymflow_ft.components.memory import gpu_is_full
+from asymflow_ft.components.memory import memory_is_full
 
 Bench = Callable[[Architecture, Options, torch.device], dict[str, Any]]
 
@@ -68,8 +68,8 @@ def figures_or_error(
         torch.compiler.reset()
     try:
         return bench(architecture, options, device)
-    except (RuntimeError, NotEnoughMemory) as error:
-        if not isinstance(error, NotEnoughMemory) and not gpu_is_full(error):
+    except (RuntimeError, MemoryError, NotEnoughMemory) as error:
+        if not isinstance(error, NotEnoughMemory) and not memory_is_full(error):
             raise
         return error.with_traceback(None)  # which holds the networks
     finally:
