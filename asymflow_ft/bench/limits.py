@@ -77,15 +77,18 @@ def figures_or_error(
         torch.cuda.empty_cache()
 
 
-def check_memory(needed: float, device: torch.device) -> None:
+def check_memory(needed: float, device: torch.device, what: str) -> None:
     """Refuse what would get the process killed; a GPU says itself when it is full.
 
+    Args:
+        needed: bytes. what: needs them, for the message.
+
     Raises:
-        NotEnoughMemory: on a CPU, if that many bytes are not free.
+        NotEnoughMemory: on a CPU, if that many are not free.
     """
     free = psutil.virtual_memory().available
     if device.type == "cpu" and needed > free:
         raise NotEnoughMemory(
-            f"this needs about {needed / 1e9:.1f} GB and the machine has {free / 1e9:.1f} GB free; "
-            "use a smaller --arch, a GPU, or for a step alone a smaller --resolution or --quant nf4"
+            f"{what} needs about {needed / 1e9:.1f} GB and the machine has {free / 1e9:.1f} GB free; use a smaller "
+            "--arch, a GPU, or where the benchmark takes them a smaller --resolution or --quant nf4"
         )
