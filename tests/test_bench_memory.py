@@ -92,4 +92,6 @@ def test_a_picture_larger_than_the_memory_is_explained(capsys):
 def test_which_errors_say_that_memory_is_full():
     windows = "[enforce fail at alloc_cpu.cpp:117] data. DefaultCPUAllocator: not enough memory: you tried to allocate"
     assert memory_is_full(RuntimeError(windows)) and memory_is_full(torch.OutOfMemoryError("full"))
+    shared = "unable to mmap 12582912 bytes from file <filename not specified>: Cannot allocate memory (12)"
+    assert memory_is_full(RuntimeError(shared))  # a batch of a data worker
     assert not memory_is_full(RuntimeError("sizes do not match")) and not memory_is_full(ValueError("out of memory"))
