@@ -25,7 +25,7 @@ from asymflow_ft.bench.targets import bench_targets
 from asymflow_ft.bench.workload import Options
 from asymflow_ft.components.attention import prepare_attention
 from asymflow_ft.components.color import PixelCodec
-from asymflow_ft.components.memory import gpu_is_full
+from asymflow_ft.components.memory import memory_is_full
 from asymflow_ft.components.pipelines import NEGATIVE_PROMPT
 from asymflow_ft.data.decode import decode
 from asymflow_ft.data.source import open_sources
@@ -59,10 +59,11 @@ def run(args: argparse.Namespace) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except RuntimeError as error:
-        if not gpu_is_full(error):
+    except (RuntimeError, MemoryError) as error:
+        if not memory_is_full(error):
             raise
-        print(f"error: {error} (smaller pictures, batches or --dtype bfloat16 need less)", file=sys.stderr)
+        said = str(error) or "out of memory"
+        print(f"error: {said} (smaller pictures, batches or --dtype bfloat16 need less)", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -271,13 +272,12 @@ def run_bench(args: argparse.Namespace) -> None:
                 result = bench_sweep(BENCHES[args.what], architecture, options, device, key, values)
             else:
                 result = BENCHES[args.what](architecture, options, device)
-    except RuntimeError as error:
-        if not gpu_is_full(error):
+    except (RuntimeError, MemoryError) as error:
+        if not memory_is_full(error):
             raise
         raise ValueError(
-            f"{error}\nthe GPU is too small for this. A smaller --arch needs less; `bench step` and `bench sample` do "
-            "with a smaller --resolution or --batch or with --quant nf4, `bench step` also with a smaller --rank, "
-            "--optimizer adamw8bit and --perceptual none"
+            f"too little memory: {error}\nA smaller --arch needs less, and so do, where the benchmark takes them, a "
+            "smaller --resolution, --batch or --rank, --quant nf4, --optimizer adamw8bit and --perceptual none"
         ) from error
     print(report.TABLES[result["what"]](result))
     if args.out:

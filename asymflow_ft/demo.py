@@ -18,7 +18,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from asymflow_ft.align import to_picture
-from asymflow_ft.components.memory import gpu_is_full
+from asymflow_ft.components.memory import memory_is_full
 from asymflow_ft.components.pipelines import CFG_SCALE, NEGATIVE_PROMPT
 from asymflow_ft.export import load_pixel_pipeline
 from asymflow_ft.families import family_of
@@ -216,7 +216,7 @@ def build_app(studio: Studio, title: str) -> Any:
                 sent |= new
                 yield {state: _bar(shown.text, shown.done)} | new
         except (ValueError, RuntimeError) as error:
-            if not isinstance(error, ValueError) and not gpu_is_full(error):
+            if not isinstance(error, ValueError) and not memory_is_full(error):
                 raise
             yield {state: _bar(str(error), 0)}
             raise gr.Error(html.escape(str(error)), print_exception=False) from error

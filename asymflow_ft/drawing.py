@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from asymflow_ft.components.memory import free_memory, gpu_is_full
+from asymflow_ft.components.memory import free_memory, memory_is_full
 from asymflow_ft.components.subspace import PixelSubspace
 from asymflow_ft.data.cache import content_key
 from asymflow_ft.export import is_run, load_pixel_pipeline, open_source, subspace_key
@@ -262,7 +262,7 @@ def draw(
             try:
                 pictures, finite = run(noise.to(device), text.to(device))
             except RuntimeError as error:
-                if not gpu_is_full(error):
+                if not memory_is_full(error):
                     raise
                 raise ValueError(
                     f"out of memory with {len(batch)} pictures of {model.size}x{model.size} of {model.name} at once; "

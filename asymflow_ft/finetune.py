@@ -32,7 +32,7 @@ from tqdm import tqdm
 from asymflow_ft.align import align, check_aligned_for, describe
 from asymflow_ft.components.attention import prepare_attention
 from asymflow_ft.components.color import PixelCodec
-from asymflow_ft.components.memory import free_memory, gpu_is_full
+from asymflow_ft.components.memory import free_memory, memory_is_full
 from asymflow_ft.components.pipelines import flow_solver
 from asymflow_ft.components.subspace import PixelModel, PixelSubspace, load_subspace
 from asymflow_ft.data.cache import content_key
@@ -100,7 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
             tqdm.write(f"error: {error}", file=sys.stderr)
         return 1
     except RuntimeError as error:
-        if not gpu_is_full(error):
+        if not memory_is_full(error):
             raise
         tqdm.write(f"error: {out_of_memory(recipe, error)}", file=sys.stderr)
         return 1

@@ -24,7 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from asymflow_ft.align import to_picture
-from asymflow_ft.components.memory import free_memory, gpu_is_full
+from asymflow_ft.components.memory import free_memory, memory_is_full
 from asymflow_ft.data.buckets import bucket_size
 from asymflow_ft.data.synthetic import SETTINGS, read_rows, weights_digest
 from asymflow_ft.families.terms import OUTPUT_TERMS
@@ -224,10 +224,10 @@ def _latents(job: _Job, stock: DiffusionPipeline, embeds: dict[str, Tensor], bat
         )  # fmt: skip
         z = z.half().cpu().contiguous()
     except RuntimeError as error:
-        if not gpu_is_full(error):
+        if not memory_is_full(error):
             raise
         raise ValueError(
-            f"out of GPU memory with {len(batch)} pictures of {width}x{height} at once; run the same command with a "
+            f"out of memory with {len(batch)} pictures of {width}x{height} at once; run the same command with a "
             "smaller --batch-size, which changes nothing else"
         ) from error
     if not z.isfinite().all():

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from asymflow_ft.bench.clock import interleaved, now
+from asymflow_ft.bench.report import digits, seconds
 from asymflow_ft.method.align import STRIP, Grams
 from asymflow_ft.method.asymflow import calibrate, project
 from asymflow_ft.method.loss import MIN_POWER, Target, fade
@@ -72,9 +73,9 @@ def measure(name: str, pair: Pair, small: bool) -> str:
     clocks = {"bench.clock.now": main_thread_now if pair.alone else now}
     timings = patched(lambda: interleaved(works, repeats, 0, torch.device("cpu")), clocks)()
     taken = [timing.processor for timing in timings.values()]
-    shown = [f"{1e3 * t:.3g} ms" if t < 1 else f"{t:.3g} s" for t in taken]
+    shown = [seconds(t) for t in taken]
     if pair.memory:
-        shown = [f"{t}; {peak_megabytes(work):.3g} MB" for t, work in zip(shown, works.values(), strict=True)]
+        shown = [f"{t}; {digits(peak_megabytes(work))} MB" for t, work in zip(shown, works.values(), strict=True)]
     return f"| `{name}`: {pair.what} | {shown[0]} | {shown[1]} | {taken[1] / taken[0]:.2f} | {differ:.0e} |"
 
 

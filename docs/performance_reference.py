@@ -18,6 +18,7 @@ import torch
 
 from asymflow_ft.bench import architectures as bases
 from asymflow_ft.bench.clock import interleaved, now, summary
+from asymflow_ft.bench.report import digits
 from asymflow_ft.bench.sample import draw_both, pixel_pipeline
 from asymflow_ft.bench.workload import Options, make_recipe
 from asymflow_ft.components.color import PixelCodec
@@ -42,7 +43,8 @@ NO_BLOCKS = replace(TINY, name="no blocks", transformer={**TINY.transformer, "nu
 
 def row(what, official, here, unit="ms", differ=None):
     shown = "" if differ is None else f"{differ:.0e}"
-    print(f"| {what} | {official:.3g} {unit} | {here:.3g} {unit} | {here / official:.2f} | {shown} |", flush=True)
+    both = " | ".join(f"{digits(value)} {unit}" for value in (official, here))
+    print(f"| {what} | {both} | {here / official:.2f} | {shown} |", flush=True)
 
 
 def in_turns(what, official, here, repeats, differ=None):

@@ -23,6 +23,7 @@ from tests.conftest import REPOSITORY
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 TINY = Options(resolution=64, precision="no", rank=2, perceptual="none", repeats=1, warmup=0)
+MACHINE_IS_FULL = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
 COMMAND = ("bench", "step", "--resolution", "64", "--perceptual", "none", "--repeats", "1", "--warmup", "0")
 
 
@@ -103,18 +104,18 @@ def test_running_out_of_memory_loses_nothing(monkeypatch, tmp_path, capsys):
         return cheap(architecture, options, device)
 
     monkeypatch.setitem(commands.BENCHES, "step", step)
-    full = {2: torch.OutOfMemoryError("full"), 8: NotEnoughMemory("full")}
-    assert cli.main([*COMMAND, "--sweep", "batch=1,2,4,8", "--out", str(tmp_path)]) == 0
+    full = {2: torch.OutOfMemoryError("full"), 8: NotEnoughMemory("full"), 16: MACHINE_IS_FULL, 32: MemoryError()}
+    assert cli.main([*COMMAND, "--sweep", "batch=1,2,4,8,16,32", "--out", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "bench.json").read_text())
-    assert [run is None for run in found["runs"].values()] == [False, True, False, True]
-    assert found["growth"]["step"]["sizes"] == [1, 4] and capsys.readouterr().out.count(": out of memory") == 2
+    assert [value for value, run in found["runs"].items() if run is None] == ["2", "8", "16", "32"]
+    assert found["growth"]["step"]["sizes"] == [1, 4] and capsys.readouterr().out.count(": out of memory") == 4
     full = {2: torch.OutOfMemoryError("full")}
     one_left = bench_sweep(step, NAMED["tiny"], TINY, CPU, "batch", [1, 2])
     assert one_left["growth"] == {} and "2: out of memory" in sweep_table(one_left)
     assert not any(axes.lines for axes in sweep_chart(one_left).axes)
     full = {1: torch.OutOfMemoryError("full"), 2: torch.OutOfMemoryError("full")}
     assert cli.main([*COMMAND, "--sweep", "batch=1,2"]) == 1
-    assert "the GPU is too small for this" in capsys.readouterr().err
+    assert "too little memory: " in capsys.readouterr().err
 
 
 def test_memory_alone(tmp_path, capsys):

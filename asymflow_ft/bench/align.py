@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -11,17 +12,19 @@ from diffusers import ModelMixin
 from torch import Tensor
 
 from asymflow_ft.align import draw, make_report, strip, sum_tokens
-from asymflow_ft.bench.architectures import Architecture, random_vae
+from asymflow_ft.bench.architectures import Architecture, random_vae, vae_on_meta
 from asymflow_ft.bench.clock import Stopwatch, Timing, interleaved, measure, own_seconds, peak_memory, summary
 from asymflow_ft.bench.growth import fit_growth, sizes_up_to
+from asymflow_ft.bench.limits import check_memory
 from asymflow_ft.bench.scratch import scratch_folder
-from asymflow_ft.bench.workload import Options, picture, resolution_of
+from asymflow_ft.bench.workload import Options, make_recipe, picture, resolution_of
 from asymflow_ft.components.color import PixelCodec, rgb_tensor
 from asymflow_ft.data.ahead import THREADS
 from asymflow_ft.data.buckets import bucket_size, fit_image
 from asymflow_ft.data.source import Images, open_source
 from asymflow_ft.method.align import Grams
 from asymflow_ft.method.patches import to_tokens
+from asymflow_ft.training.rehearsal import rehearse_vae
 
 WARMUP = 1
 IMAGES = 16
@@ -77,11 +80,13 @@ def bench_align(architecture: Architecture, options: Options, device: torch.devi
     """All figures of aligning, for bench.json.
 
     Raises:
-        ValueError: options that cannot work.
+        ValueError: options that cannot work; `NotEnoughMemory` for more memory than there is.
     """
     family, side, repeats = architecture.family, resolution_of(architecture, options), options.repeats
     count = IMAGES if options.images is None else options.images
     sizes = sizes_up_to(count, (8, 4, 2, 1))
+    recipe = make_recipe(architecture, options, Path(), device)
+    check_memory(max(rehearse_vae(recipe, family, vae_on_meta(architecture), 1)), device, "the VAE with one picture")
     vae, codec = random_vae(architecture, torch.float32, device), PixelCodec()
 
     with picture_folder(count, side) as images:

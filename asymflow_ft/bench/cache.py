@@ -14,9 +14,10 @@ from accelerate import Accelerator
 from PIL import Image
 
 from asymflow_ft.bench.align import picture_folder
-from asymflow_ft.bench.architectures import Architecture, random_vae
+from asymflow_ft.bench.architectures import Architecture, random_vae, vae_on_meta
 from asymflow_ft.bench.clock import Stopwatch, Timing, interleaved, measure, own_seconds, peak_memory, summary
 from asymflow_ft.bench.growth import fit_growth, sizes_up_to
+from asymflow_ft.bench.limits import check_memory
 from asymflow_ft.bench.run import accelerator_on, build_run, planned
 from asymflow_ft.bench.scratch import scratch_folder
 from asymflow_ft.bench.step import time_steps
@@ -30,6 +31,7 @@ from asymflow_ft.data.source import open_sources
 from asymflow_ft.recipe import Recipe
 from asymflow_ft.recipe_keys import Data
 from asymflow_ft.training.encode import Encoder
+from asymflow_ft.training.rehearsal import rehearse_vae
 from asymflow_ft.training.stages import LATENT_SHARD, TEXT_SHARD, prepare
 
 WARMUP = 1
@@ -153,10 +155,13 @@ def bench_cache(architecture: Architecture, options: Options, device: torch.devi
     """All figures of the cache, for bench.json.
 
     Raises:
-        ValueError: options that cannot work.
+        ValueError: options that cannot work; `NotEnoughMemory` for more memory than there is.
     """
     accelerator = accelerator_on(device)
     sizes = sizes_up_to(ENTRIES if options.images is None else options.images, (100, 10, 1))
+    recipe = make_recipe(architecture, options, Path(), device)
+    encoding, _ = rehearse_vae(recipe, architecture.family, vae_on_meta(architecture), 1)
+    check_memory(encoding, device, "encoding a picture")
     waits, starts = {}, {}
     for name, workers in (("no workers", 0), ("as the recipe's default", None)):
         with scratch_folder() as folder:

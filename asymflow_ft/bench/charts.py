@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from asymflow_ft.bench.report import seconds, size, targets_title, verdict
+from asymflow_ft.bench.report import digits, seconds, size, targets_title, verdict
 
 FIGURES = "bench.json"
 
@@ -138,9 +138,9 @@ def targets_chart(result: Mapping[str, Any]) -> Figure:
     figure = Figure(figsize=(10, 3.5), layout="constrained")
     axes = figure.subplots()
     for target in result["targets"][::-1]:
-        over, unit = target["over_limit"] or 0.0, target["unit"]
+        over, reached = target["over_limit"] or 0.0, target["reached"]
         axes.barh(target["what"], min(over, most), color="tab:orange" if over > 1 else "tab:blue")
-        shown = "not measured" if target["reached"] is None else f"{target['reached']:.3g}{unit}, {verdict(target)}"
+        shown = "not measured" if reached is None else f"{digits(reached)}{target['unit']}, {verdict(target)}"
         axes.text(min(over, most) + 0.02, target["what"], shown, va="center", fontsize="small")
     axes.axvline(1, color="black", linestyle=":")
     axes.set(xlim=(0, most + 0.9), xlabel="share of what the target allows; beyond 1 it is missed")

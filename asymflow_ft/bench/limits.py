@@ -11,7 +11,7 @@ from torch import nn
 from asymflow_ft.bench.architectures import Architecture
 from asymflow_ft.bench.clock import Timing, measure
 from asymflow_ft.bench.workload import Options
-from asymflow_ft.components.memory import gpu_is_full
+from asymflow_ft.components.memory import memory_is_full
 
 Bench = Callable[[Architecture, Options, torch.device], dict[str, Any]]
 
@@ -68,8 +68,8 @@ def figures_or_error(
         torch.compiler.reset()
     try:
         return bench(architecture, options, device)
-    except (RuntimeError, NotEnoughMemory) as error:
-        if not isinstance(error, NotEnoughMemory) and not gpu_is_full(error):
+    except (RuntimeError, MemoryError, NotEnoughMemory) as error:
+        if not isinstance(error, NotEnoughMemory) and not memory_is_full(error):
             raise
         return error.with_traceback(None)  # which holds the networks
     finally:
@@ -77,15 +77,18 @@ def figures_or_error(
         torch.cuda.empty_cache()
 
 
-def check_memory(needed: float, device: torch.device) -> None:
+def check_memory(needed: float, device: torch.device, what: str) -> None:
     """Refuse what would get the process killed; a GPU says itself when it is full.
 
+    Args:
+        needed: bytes. what: needs them, for the message.
+
     Raises:
-        NotEnoughMemory: on a CPU, if that many bytes are not free.
+        NotEnoughMemory: on a CPU, if that many are not free.
     """
     free = psutil.virtual_memory().available
     if device.type == "cpu" and needed > free:
         raise NotEnoughMemory(
-            f"this needs about {needed / 1e9:.1f} GB and the machine has {free / 1e9:.1f} GB free; "
-            "use a smaller --arch, a GPU, or for a step alone a smaller --resolution or --quant nf4"
+            f"{what} needs about {needed / 1e9:.1f} GB and the machine has {free / 1e9:.1f} GB free; use a smaller "
+            "--arch, a GPU, or where the benchmark takes them a smaller --resolution or --quant nf4"
         )

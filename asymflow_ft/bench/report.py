@@ -3,6 +3,7 @@
 import platform
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from decimal import Decimal
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -57,8 +58,19 @@ def grid(rows: Rows) -> str:
     return "\n".join("  ".join(row).rstrip() for row in aligned)
 
 
+def digits(value: float) -> str:
+    """Three of them, without a power of ten."""
+    return f"{Decimal(f'{value:.3g}'):f}"
+
+
+def in_unit(value: float, unit: str, thousandth: str, least: float = 1) -> str:
+    """A value in `unit`, or in its `thousandth` if it is less than `least` once it is rounded."""
+    rounded = float(f"{value:.3g}")
+    return f"{digits(rounded)} {unit}" if rounded >= least else f"{digits(1000 * rounded)} {thousandth}"
+
+
 def seconds(value: float) -> str:
-    return f"{value * 1000:.3g} ms" if value < 1 else f"{value:.3g} s"
+    return in_unit(value, "s", "ms")
 
 
 def spread(timing: Mapping[str, Any]) -> list[str]:
@@ -67,11 +79,11 @@ def spread(timing: Mapping[str, Any]) -> list[str]:
 
 
 def size(value: float | None) -> str:
-    return "not measured" if value is None else f"{value / 1e9:.3g} GB" if value >= 1e8 else f"{value / 1e6:.3g} MB"
+    return "not measured" if value is None else in_unit(value / 1e9, "GB", "MB", least=0.1)
 
 
 def rate(tflops: float) -> str:
-    return f"{tflops:.3g} TFLOP/s" if tflops >= 1 else f"{tflops * 1000:.3g} GFLOP/s"
+    return in_unit(tflops, "TFLOP/s", "GFLOP/s")
 
 
 def step_table(result: Mapping[str, Any]) -> str:
@@ -84,9 +96,9 @@ def step_table(result: Mapping[str, Any]) -> str:
     mfu = "not measured (no data sheet for this device in bf16)" if result["mfu"] is None else f"{result['mfu']:.1%}"
     shape = " x ".join(map(str, result["matmul"]["shape"]))
     lines = [
-        f"{parameters(result)}; {result['samples_per_second']:.3g} samples/s",
-        f"counted: {counted['step'] / 1e12:.3g} TFLOP a step, {per_forward:.2f} forward passes of "
-        f"{counted['forward'] / 1e12:.3g}; {rate(result['tflops'])}",
+        f"{parameters(result)}; {digits(result['samples_per_second'])} samples/s",
+        f"counted: {digits(counted['step'] / 1e12)} TFLOP a step, {per_forward:.2f} forward passes of "
+        f"{digits(counted['forward'] / 1e12)}; {rate(result['tflops'])}",
         f"floor: {result['floor']['forwards']} forward passes at {rate(result['matmul']['tflops'])} (measured, "
         f"{shape}) = {seconds(result['floor']['seconds'])}; measured over floor {result['over_floor']:.2f}",
         f"share of the matmul rate {result['share_of_matmul_rate']:.1%}; MFU {mfu}",
@@ -181,8 +193,8 @@ def cache_table(result: Mapping[str, Any]) -> str:
     rows += memory_rows(result)
     waits = ", ".join(f"{wait['share']:.1%} ({name})" for name, wait in result["wait"].items())
     lines = [
-        f"filling: {result['pictures_per_second']:.3g} pictures/s of {size(result['bytes_per_picture'])}, written "
-        f"at {size(result['bytes_per_second'])}/s; reading: {result['samples_per_second']:.3g} samples/s",
+        f"filling: {digits(result['pictures_per_second'])} pictures/s of {size(result['bytes_per_picture'])}, written "
+        f"at {size(result['bytes_per_second'])}/s; reading: {digits(result['samples_per_second'])} samples/s",
         f"waits for data: {waits} of a step",
         *(f"{name} grows {growth(found)}" for name, found in result["growth"].items()),
     ]
@@ -236,7 +248,7 @@ def targets_table(result: Mapping[str, Any]) -> str:
     for target in result["targets"]:
         sign, unit, reached = ">=" if target["at_least"] else "<=", target["unit"], target["reached"]
         said = f"not measured: {target['why']}" if reached is None else verdict(target)
-        shown = "" if reached is None else f"{reached:.3g}{unit}"
+        shown = "" if reached is None else f"{digits(reached)}{unit}"
         rows.append([target["what"], f"{sign} {target['limit']:g}{unit}", shown, said])
     return f"{targets_title(result)}\n\n{grid(rows)}"
 

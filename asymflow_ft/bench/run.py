@@ -204,7 +204,7 @@ def planned(architecture: Architecture, recipe: Recipe, accelerator: Accelerator
     check_setup(recipe, accelerator)
     latent, vae, device = transformer_on_meta(architecture), vae_on_meta(architecture), accelerator.device
     plan = plan_memory(recipe, architecture.family, latent, vae, 0, wide_perceptual=device.type == "cpu")
-    check_memory(plan.peak, device)
+    check_memory(plan.phases["training step"], device, "a training step")
     return plan
 
 

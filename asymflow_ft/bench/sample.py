@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from asymflow_ft.bench.architectures import (
@@ -27,11 +27,12 @@ from asymflow_ft.bench.workload import Options, resolution_of
 from asymflow_ft.components.color import PixelCodec
 from asymflow_ft.components.pipelines import CFG_SCALE, PixelPipelineMixin, flow_solver
 from asymflow_ft.components.quantize import quantize_frozen
-from asymflow_ft.components.subspace import Cond
+from asymflow_ft.components.subspace import Cond, PixelSubspace
 from asymflow_ft.families.base import compile_blocks
 from asymflow_ft.method.asymflow import recover_velocity
 from asymflow_ft.method.guidance import clamp_velocity, guide
 from asymflow_ft.method.patches import to_image, to_tokens
+from asymflow_ft.training.memory import count_tensors, quantised_bytes
 from asymflow_ft.training.run import synchronise
 
 STEPS = 6  # of a picture; the first one is set-up, and kept apart
@@ -160,6 +161,21 @@ def arithmetic(pipeline: Any, tokens: Tensor, grid: tuple[int, int], repeats: in
     return interleaved(works, repeats, WARMUP, device)
 
 
+def weight_bytes(architecture: Architecture, dtype: torch.dtype, quant: str) -> int:
+    """Of the base and its lifted network together: they share what is not lifted, but each is quantised apart."""
+    family = architecture.family
+    rank, patch = family.GEOMETRY
+    base = nn.Module.to(transformer_on_meta(architecture), dtype)
+    with torch.device("meta"):
+        lifted = family.lift(base, PixelSubspace(3 * patch**2, rank, patch))
+    for network in (base, lifted):
+        network.requires_grad_(False)
+    tensors = count_tensors(family, lifted, (base, lifted))
+    if quant == "full":
+        return tensors.frozen
+    return tensors.frozen + sum(2 * quantised_bytes(quant, *linear) - linear[-1] for linear in tensors.linears)
+
+
 @torch.no_grad()
 def bench_sample(architecture: Architecture, options: Options, device: torch.device) -> dict[str, Any]:
     """All figures of drawing, for bench.json.
@@ -170,8 +186,7 @@ def bench_sample(architecture: Architecture, options: Options, device: torch.dev
     family, side = architecture.family, resolution_of(architecture, options)
     dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
     quantised = options.quant != "full"
-    width = {"full": dtype.itemsize, "int8": 1, "nf4": 0.5}[options.quant]
-    check_memory(width * sum(p.numel() for p in transformer_on_meta(architecture).parameters()), device)
+    check_memory(weight_bytes(architecture, dtype, options.quant), device, "the pair of networks")
     base = random_transformer(architecture, dtype, "cpu" if quantised else device, quantised)
     vae = random_vae(architecture, dtype, device)
     rank, patch = family.GEOMETRY

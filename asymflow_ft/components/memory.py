@@ -1,4 +1,4 @@
-"""The memory of a GPU."""
+"""Memory, of a GPU or the machine: whether it is full, and freeing it."""
 
 import gc
 
@@ -11,9 +11,13 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def gpu_is_full(error: Exception) -> bool:
-    """Whether this is what a GPU without free memory answers: libraries have errors of their own for it."""
-    texts = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "out of memory")
-    return isinstance(error, torch.OutOfMemoryError) or (
+def memory_is_full(error: Exception) -> bool:
+    """Whether this says that there is too little memory: a GPU's libraries have errors of their own for it, and for
+    the machine's torch has texts alone, of its allocator and of memory that processes share."""
+    texts = (
+        "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "out of memory", "DefaultCPUAllocator: ",
+        "Cannot allocate memory",
+    )  # fmt: skip
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
     )

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from asymflow_ft.components.color import rgb_tensor
-from asymflow_ft.components.memory import gpu_is_full
+from asymflow_ft.components.memory import memory_is_full
 from asymflow_ft.components.norms import narrow_norms
 from asymflow_ft.components.subspace import Cond, PixelModel
 from asymflow_ft.method.asymflow import velocity_to_clean
@@ -204,7 +204,7 @@ class PixelPipelineMixin:
                 try:
                     v, v_uncond = conditioned_on("cond_uncond", both, torch.cat([x_t, x_t])).chunk(2)
                 except RuntimeError as error:
-                    if not gpu_is_full(error):
+                    if not memory_is_full(error):
                         raise
                     batch_guidance = False
                 if not batch_guidance:  # only here the error is gone, and with it the tensors of the call
