@@ -200,7 +200,10 @@ def test_vgg_has_its_published_size():
 
 @pytest.mark.parametrize(
     "overrides",
-    [("lora=null",), ("lora={rank: 64}", "loss.perceptual=lpips", "data.resolution=512")],
+    [
+        ("lora=null", "data.more_resolutions=[192]"),
+        ("lora={rank: 64}", "loss.perceptual=lpips", "data.resolution=512"),
+    ],
     ids=["full", "lora"],
 )
 def test_each_advice_saves_what_it_says(overrides, small):
@@ -209,6 +212,7 @@ def test_each_advice_saves_what_it_says(overrides, small):
     advice = memory.advise(before, flux2, *small, count=20)
     keys = [one.overrides[0].partition("=")[0] for one in advice]
     assert {"train.gradient_checkpointing", "train.batch_size", "train.optimizer", "train.ema_device"} <= {*keys}
+    assert ("data.more_resolutions" if recipe.lora is None else "data.resolution") in keys
     assert len({*keys}) == len(keys) and ("lora" in keys) == (recipe.lora is None)
     assert advice == sorted(advice, key=lambda one: -one.saved)
     for one in advice:

@@ -186,17 +186,18 @@ class Step:
 
 def rehearse_step(
     recipe: Recipe, family: ModuleType, network: ModelMixin, base: ModelMixin, subspace: PixelSubspace,
-    conditions: int = 0, wide_perceptual: bool = False,
+    conditions: int = 0, wide_perceptual: bool = False, resolution: int | None = None,
 ) -> Step:  # fmt: skip
-    """One micro-batch of the recipe at its full resolution.
+    """One micro-batch of the recipe.
 
     Args:
         conditions: condition images of each image.
         wide_perceptual: the perceptual term in float32, as on a CPU.
+        resolution: one that is trained at; None is the largest.
         network: the network to train, on the meta device; its tensors become fake. base: the latent base, likewise.
     """
     dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
-    size, side, count = subspace.config["patch"], recipe.data.resolution, recipe.train.batch_size
+    size, side, count = subspace.config["patch"], resolution or max(recipe.data.resolutions()), recipe.train.batch_size
     grid = (side // size, side // size)
     with FakeTensorMode(allow_non_fake_inputs=True), as_on_cuda(), full_length():
         for module in (network, base, subspace):
@@ -280,18 +281,17 @@ def rehearse_drawing(
 
 @torch.no_grad()
 def rehearse_vae(recipe: Recipe, family: ModuleType, vae: ModelMixin, count: int) -> tuple[int, int]:
-    """Peak bytes of encoding one picture in float32, and of decoding `count` in the recipe's precision, the weights of
-    the VAE (on the meta device) included."""
+    """Peak bytes of encoding one picture in float32 at the largest resolution, and of decoding `count` in the recipe's
+    precision, which are drawn at data.resolution; the weights of the VAE (on the meta device) included."""
     dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
-    side, patch = recipe.data.resolution, family.pixel_patch(vae)
-    grid = (side // patch, side // patch)
+    largest, side = max(recipe.data.resolutions()), recipe.data.resolution // family.pixel_patch(vae)
     whole, half = (nn.Module.to(copy.deepcopy(vae), kind).eval() for kind in (torch.float32, dtype))
     with FakeTensorMode(allow_non_fake_inputs=True):
         fake(whole), fake(half)
         with Meter([*whole.parameters(), *whole.buffers()]) as encoding:
             encoding.now = sum(p.nbytes for p in whole.parameters())
-            family.encode_latents(whole, torch.empty(1, 3, side, side))
+            family.encode_latents(whole, torch.empty(1, 3, largest, largest))
         with Meter([*half.parameters(), *half.buffers()]) as decoding:
             decoding.now = sum(p.nbytes for p in half.parameters())
-            family.decode_latents(half, torch.empty(count, grid[0] * grid[1], family.latent_dim(half)), grid)
+            family.decode_latents(half, torch.empty(count, side**2, family.latent_dim(half)), (side, side))
     return encoding.peak, decoding.peak
