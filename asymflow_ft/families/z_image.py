@@ -38,6 +38,7 @@ CHECKPOINTS = (("Tongyi-MAI/Z-Image", "apache-2.0"), ("Tongyi-MAI/Z-Image-Turbo"
 GEOMETRY = (64, 16)  # of these: the rank, and the side of the pixel patch of a token
 TRANSFORMER = ZImageTransformer2DModel
 TEXT_PARTS = ("text_encoder", "tokenizer")
+EXTRA_TEXT_ROWS = 0
 LATENT_PATCH = KL_PACK
 PIXEL_PATCH = 16  # the lifted end layers carry it in their names
 OUTPUT_LAYER = f"all_final_layer.{PIXEL_PATCH}-1.linear"

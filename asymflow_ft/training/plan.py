@@ -17,7 +17,7 @@ from asymflow_ft.families.base import INDEX, MODULAR_INDEX, load_index, transfor
 from asymflow_ft.recipe import Data, Recipe, plain
 from asymflow_ft.textfiles import read_prompts
 from asymflow_ft.training.memory import MemoryPlan, advise, less_recomputation, plan_memory, steps_by_resolution
-from asymflow_ft.training.rehearsal import Step
+from asymflow_ft.training.rehearsal import Step, text_rows
 from asymflow_ft.training.trainable import diffusers_name
 
 # Sustained TFLOP/s in bf16 for the time estimate: the first from the paper's own GPU hours, the second a guess.
@@ -93,7 +93,7 @@ def dry_run(recipe: Recipe, tflops: float | None = None, card_gb: float | None =
     if card_gb is None and torch.cuda.is_available():
         card_gb = torch.cuda.get_device_properties(0).total_memory / 1e9
     latents = latent_tokens(data, images, conditions, family.pixel_patch(vae)) * family.latent_dim(vae)
-    disk = disk_need(plan, repository, texts, latents, family.text_dim(base))
+    disk = disk_need(plan, repository, latents, texts * text_rows(recipe, family) * family.text_dim(base))
     limit = 80.0 if card_gb is None else card_gb
     advice = advise(plan, family, base, vae, int(limit * 1e9))
     room = card_gb or plan.card_gb or 0.0
@@ -222,19 +222,17 @@ def latent_tokens(data: Data, images: int, conditions: int, patch: int) -> int:
     return (images - held_out) * each + held_out * (data.resolution // patch) ** 2 + conditions * beside
 
 
-def disk_need(
-    plan: MemoryPlan, repository: Repository | None, texts: int, latent_values: int, text_dim: int
-) -> dict[str, int]:
+def disk_need(plan: MemoryPlan, repository: Repository | None, latent_values: int, text_values: int) -> dict[str, int]:
     """Bytes that a run writes, at most.
 
     Args:
-        texts: different captions and prompts. latent_values: of all images. text_dim: width of an embedding.
+        latent_values: of all images. text_values: of the embeddings of all captions and prompts.
     """
     recipe, width = plan.recipe, 2 if plan.recipe.train.precision == "bf16" else 4
     checkpoint = 2 * plan.trained_weights + plan.optimizer  # weights, their average, moments
     need = {
         "download": 0 if repository is None else sum(repository.missing.values()),
-        "text embeddings": texts * recipe.text.max_length * text_dim * width,
+        "text embeddings": text_values * width,
         "latents": latent_values * 2 if recipe.loss.variance_reduction else 0,
         # a new one is whole before the oldest goes
         f"checkpoints, {recipe.train.keep_checkpoints} + 1": checkpoint * (recipe.train.keep_checkpoints + 1),

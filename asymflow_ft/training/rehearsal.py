@@ -124,6 +124,11 @@ def full_length() -> AbstractContextManager[Any]:
     return patch.object(Cond, "lengths", lambda cond: [cond.embeds.shape[1]] * len(cond.embeds))
 
 
+def text_rows(recipe: Recipe, family: ModuleType) -> int:
+    """Rows of a prompt's embedding, at most."""
+    return recipe.text.max_length + family.EXTRA_TEXT_ROWS
+
+
 def fake(module: nn.Module) -> nn.Module:
     """Change a module's tensors (on the meta device, say) into fake CPU ones; inside a FakeTensorMode."""
     return module._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
@@ -238,7 +243,7 @@ def rehearse_step(
                 return image_by_image(vgg)(image, target).float()
 
         with Meter(held) as meter:
-            embeds = torch.empty(count, recipe.text.max_length, family.text_dim(base), dtype=dtype)
+            embeds = torch.empty(count, text_rows(recipe, family), family.text_dim(base), dtype=dtype)
             z0 = torch.empty(count, grid[0] * grid[1], subspace.config["rank"])
             beside = recipe.data.condition_resolution or side
             references = (torch.empty(count, 3, beside, beside),) * conditions
@@ -272,7 +277,7 @@ def rehearse_drawing(
     mode = next(network.parameters()).fake_mode
     with mode, as_on_cuda(), full_length(), Meter([*network.parameters(), *subspace.buffers()]) as meter:
         x = torch.empty(count, side**2, 3 * size**2)
-        cond = Cond(torch.empty(count, recipe.text.max_length, family.text_dim(network), dtype=dtype))
+        cond = Cond(torch.empty(count, text_rows(recipe, family), family.text_dim(network), dtype=dtype))
         model, sigma = PixelModel(narrow_norms(network).eval(), subspace, family.predict), torch.empty(count, 1, 1)
         guided = [model.velocity(x, sigma, cond, (side, side)) for _ in range(2)]
         del guided
