@@ -43,6 +43,10 @@ class Data:
     max_unreadable: float = 0.05  # share of images that may be unusable before the run stops
     workers: int | None = None  # processes that read images; null: up to 4, as the machine has cores; 0: none
 
+    def resolutions(self) -> tuple[int, ...]:
+        """All that images train at, `resolution` first."""
+        return tuple(dict.fromkeys((self.resolution, *self.more_resolutions)))
+
     def parts(self) -> tuple[Part, ...]:
         """The sources, one or several.
 

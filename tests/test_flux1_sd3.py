@@ -5,11 +5,15 @@ from importlib import import_module
 
 import pytest
 import torch
+from PIL import Image
 from torch.nn.functional import pixel_shuffle
 
 from asymflow_ft.components.subspace import Cond, PixelSubspace
 from asymflow_ft.families import flux1, sd3
 from asymflow_ft.method.patches import to_image, to_tokens
+from asymflow_ft.recipe import Recipe
+from asymflow_ft.recipe_keys import Data, Lora, Loss, Sample, Text
+from asymflow_ft.training import plan
 from asymflow_ft.training.encode import encode_texts
 from tests.tiny.flux1 import build
 
@@ -51,6 +55,30 @@ def test_embeddings_do_what_the_prompt_does_in_the_stock_pipeline(base):
         max_sequence_length=8, output_type="latent", **scale,
     ).images  # fmt: skip
     torch.testing.assert_close(drawn, stock if family is flux1 else to_tokens(stock, 2), rtol=0, atol=1e-5)
+
+
+def test_a_run_is_planned_with_all_rows_of_its_text(base, tmp_path, monkeypatch):
+    family, folder, parts = base
+    seen, values, predict = set(), [], family.predict
+
+    def watched(network, x, tau, cond, *more):
+        seen.add(cond.embeds.shape[1])
+        return predict(network, x, tau, cond, *more)
+
+    monkeypatch.setattr(family, "predict", watched)
+    monkeypatch.setattr(plan, "disk_need", lambda *arguments: values.append(arguments[-1]) or {})
+    monkeypatch.setattr(plan, "advise", lambda *_: [])  # rehearses many more
+    monkeypatch.setattr(plan, "less_recomputation", lambda *_: None)
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    for name in ("a.txt", "prompts"):
+        (tmp_path / name).write_text("a red apple")
+    plan.dry_run(Recipe(
+        base=str(folder), data=Data(source=str(tmp_path), resolution=64), text=Text(8), loss=Loss(perceptual="none"),
+        lora=Lora(2), sample=Sample(prompts=str(tmp_path / "prompts")), output_dir=str(tmp_path / "run"),
+    ))  # fmt: skip
+    (embedding,) = encode_texts(family, parts, ["a red apple"], 8)
+    assert seen == {len(embedding)} and len(embedding) == {flux1: 9, sd3: 86}[family]
+    assert values == [2 * embedding.numel()]  # that of "" too
 
 
 def test_condition_images_are_refused(base):

@@ -18,6 +18,7 @@ from asymflow_ft.bench.run import frozen_bytes
 from asymflow_ft.components.norms import narrow_norms
 from asymflow_ft.components.quantize import quantize_frozen
 from asymflow_ft.components.subspace import Cond, PixelModel
+from asymflow_ft.data.cache import pack
 from asymflow_ft.families import flux2
 from asymflow_ft.families.base import transformer_on_meta, vae_on_meta
 from asymflow_ft.recipe import load_recipe, override
@@ -220,7 +221,10 @@ def test_vgg_has_its_published_size():
 
 @pytest.mark.parametrize(
     "overrides",
-    [("lora=null",), ("lora={rank: 64}", "loss.perceptual=lpips", "data.resolution=512")],
+    [
+        ("lora=null", "data.more_resolutions=[192]"),
+        ("lora={rank: 64}", "loss.perceptual=lpips", "data.resolution=512"),
+    ],
     ids=["full", "lora"],
 )
 def test_each_advice_saves_what_it_says(overrides, small):
@@ -229,6 +233,7 @@ def test_each_advice_saves_what_it_says(overrides, small):
     advice = memory.advise(before, flux2, *small, count=20)
     keys = [one.overrides[0].partition("=")[0] for one in advice]
     assert {"train.gradient_checkpointing", "train.batch_size", "train.optimizer", "train.ema_device"} <= {*keys}
+    assert ("data.more_resolutions" if recipe.lora is None else "data.resolution") in keys
     assert len({*keys}) == len(keys) and ("lora" in keys) == (recipe.lora is None)
     assert advice == sorted(advice, key=lambda one: -one.saved)
     for one in advice:
@@ -306,6 +311,20 @@ def test_repository_on_the_hub(monkeypatch):
 
     monkeypatch.setattr(plan, "model_info", no_answer)
     assert plan.open_repository("a/b", None) is None
+
+
+@pytest.mark.parametrize("latents", ["float16", "float32", "fp8"])
+@pytest.mark.parametrize(("precision", "text"), [("bf16", "bfloat16"), ("no", "float32"), ("bf16", "fp8")])
+def test_disk_is_what_the_cache_stores(latents, precision, text):
+    def need(*overrides):
+        keys = f"cache.latents={latents}", f"cache.text={'fp8' if text == 'fp8' else 'exact'}"
+        recipe = tiny_recipe(f"train.precision={precision}", *keys, *overrides)
+        empty = memory.MemoryPlan(recipe, 0, memory.Tensors(0, (), ()), rehearsal.Step(0, 0, 0, 0, 0, 0), 0, 0, 0)
+        return plan.disk_need(empty, None, 600, 400)
+
+    assert need() == {"text embeddings": pack(torch.ones(400), text)[""].nbytes,
+                      "latents": pack(torch.ones(600), latents)[""].nbytes}  # fmt: skip
+    assert need("cache.enabled=false") == {}
 
 
 def test_report_names_what_does_not_fit(monkeypatch, tmp_path):

@@ -34,7 +34,7 @@ _VAE = {"_class_name": "AutoencoderKLFlux2"}  # FLUX.3's is the same one
 class Architecture:
     """A latent base by its configs alone.
 
-    transformer, vae: configs as diffusers saves them. text_length: rows of a text embedding. resolution: side of a
+    transformer, vae: configs as diffusers saves them. max_length: text tokens of a prompt. resolution: side of a
     picture in pixels, unless something else is asked for. step_gb: targets for the memory of a training step (LoRA of
     rank 256, batch 1, `resolution`), by precision of the base.
     """
@@ -43,9 +43,14 @@ class Architecture:
     family: ModuleType
     transformer: Mapping[str, Any]
     vae: Mapping[str, Any]
-    text_length: int = 512
+    max_length: int = 512
     resolution: int = 1024
     step_gb: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def text_length(self) -> int:
+        """Rows of a text embedding."""
+        return self.max_length + self.family.EXTRA_TEXT_ROWS
 
     @property
     def guidance(self) -> float | None:
@@ -99,7 +104,8 @@ def find_architecture(name: str) -> Architecture:
     beside = file.absolute().parent.parent / "vae" / "config.json"
     if not beside.is_file() and family not in (flux2, flux3):
         raise ValueError(f"the VAE of {name} is not known: there is no {beside}; put the one of its base there")
-    found = Architecture(name, family, transformer, _config(beside) if beside.is_file() else _VAE)
+    max_length = inspect.signature(family.PIXEL_PIPELINES[0]).parameters["max_sequence_length"].default
+    found = Architecture(name, family, transformer, _config(beside) if beside.is_file() else _VAE, max_length)
     try:
         _forward_once(found)
         vae = vae_on_meta(found)
@@ -201,8 +207,8 @@ def random_embeds(architecture: Architecture, count: int, dtype: torch.dtype, se
     return torch.randn(count, architecture.text_length, width, generator=generator).to(dtype)
 
 
-def stock_pipeline(architecture: Architecture, transformer: ModelMixin, vae: ModelMixin) -> DiffusionPipeline:
-    """The family's stock pipeline around two networks, without what encodes text.
+def stock_kind(architecture: Architecture) -> type[DiffusionPipeline]:
+    """The class of the family's stock pipeline.
 
     Raises:
         ValueError: diffusers has modular blocks alone for this family.
@@ -213,6 +219,16 @@ def stock_pipeline(architecture: Architecture, transformer: ModelMixin, vae: Mod
             f"diffusers has no stock pipeline for {architecture.name} to compare with, only modular blocks "
             f"({kind.__name__}); `bench step` needs none"
         )
+    return kind
+
+
+def stock_pipeline(architecture: Architecture, transformer: ModelMixin, vae: ModelMixin) -> DiffusionPipeline:
+    """The family's stock pipeline around two networks, without what encodes text.
+
+    Raises:
+        ValueError: diffusers has modular blocks alone for this family.
+    """
+    kind = stock_kind(architecture)
     parts = {"scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0), "vae": vae, "transformer": transformer}
     wanted = inspect.signature(kind.__init__).parameters.values()
     absent = [p.name for p in wanted if p.default is p.empty and p.name not in ("self", *parts)]

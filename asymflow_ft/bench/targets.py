@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from asymflow_ft.bench.align import bench_align
-from asymflow_ft.bench.architectures import Architecture
+from asymflow_ft.bench.architectures import Architecture, stock_kind
 from asymflow_ft.bench.limits import Bench, figures_or_error
 from asymflow_ft.bench.run import ARITHMETIC, accelerator_on, planned
 from asymflow_ft.bench.sample import bench_sample
@@ -69,7 +69,7 @@ def bench_targets(architecture: Architecture, options: Options, device: torch.de
         ValueError: options that cannot work, or no stock pipeline to compare with.
         torch.OutOfMemoryError, NotEnoughMemory: if there is not enough memory for any step.
     """
-
+    stock_kind(architecture)
     planned(architecture, make_recipe(architecture, options, Path(), device), accelerator_on(device))
     errors = []
 

@@ -79,7 +79,7 @@ def make_recipe(architecture: Architecture, options: Options, folder: Path, devi
         base=str(folder / "base"), output_dir=str(folder / "run"),
         data=Data(source=str(folder / "images"), resolution=resolution_of(architecture, options), held_out=0),
         sample=Sample(prompts=str(folder / "prompts.txt")), align=Align(path=str(folder / "subspace")),
-        text=Text(architecture.text_length), lora=None if options.rank is None else Lora(options.rank),
+        text=Text(architecture.max_length), lora=None if options.rank is None else Lora(options.rank),
         loss=Loss(perceptual=perceptual, variance_reduction=options.reference),
         train=Train(
             batch_size=options.batch, precision=options.precision, base_weights=options.quant,

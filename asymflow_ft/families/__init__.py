@@ -19,6 +19,7 @@ LAWS = {
     "test_guidance_is_counted_alike": "guidance of the stock pipeline",
     "test_guidance_in_one_batch_is_guidance_in_two_calls": "guidance in one batch",
     "test_prompts_are_encoded_as_by_the_stock_pipeline": "prompts of the stock pipeline",
+    "test_a_long_prompt_has_as_many_rows_as_are_planned": "rows of an embedding",
     "test_an_embedding_does_not_depend_on_its_batch": "prompts independent of their batch",
     "test_bfloat16_is_near_float32": "bfloat16",
     "test_exactly_the_ends_and_the_adapters_are_trained": "trained names exact",

@@ -34,6 +34,7 @@ CHECKPOINTS = (("baidu/ERNIE-Image", "see its card"),)
 GEOMETRY = (128, 16)  # of these: the rank, and the side of the pixel patch of a token
 TRANSFORMER = ErnieImageTransformer2DModel
 TEXT_PARTS = ("text_encoder", "tokenizer")
+EXTRA_TEXT_ROWS = 0
 WHITENING_EPS = 1e-5  # the stock pipeline's own, not the VAE config's
 OUTPUT_LAYER = "final_linear"
 TRAINED_ENDS = ("x_embedder.proj", OUTPUT_LAYER, "final_norm.linear")

@@ -43,6 +43,7 @@ CHECKPOINTS = (
 GEOMETRY = (64, 16)  # of these: the rank, and the side of the pixel patch of a token
 TRANSFORMER = FluxTransformer2DModel
 TEXT_PARTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+EXTRA_TEXT_ROWS = 1  # CLIP's pooled embedding
 DISTILLED_GUIDANCE = 3.5  # the stock pipeline's default
 OUTPUT_LAYER = "proj_out"
 TRAINED_ENDS = ("x_embedder", OUTPUT_LAYER, "norm_out.linear")

@@ -39,6 +39,7 @@ CHECKPOINTS = (
 GEOMETRY = (128, 16)  # of these: the rank, and the side of the pixel patch of a token
 TRANSFORMER = Flux2Transformer2DModel
 TEXT_PARTS = ("text_encoder", "tokenizer")
+EXTRA_TEXT_ROWS = 0
 LATENT_SHIFT = 7.0  # FLUX.2's native shift at 1024x1024 (paper, latent baseline); its scheduler computes one per size
 DISTILLED_GUIDANCE = 3.5  # what diffusers' training script gives FLUX.2-dev
 OUTPUT_LAYER = "proj_out"

@@ -45,6 +45,7 @@ CHECKPOINTS = (("black-forest-labs/flux-3-image-klein-base", "flux-kommunity-lic
 GEOMETRY = (128, 16)  # of these: the rank, and the side of the pixel patch of a token
 TRANSFORMER = Flux3Transformer2DModel
 TEXT_PARTS = ("text_encoder", "tokenizer")
+EXTRA_TEXT_ROWS = 0
 TEXT_LAYERS = 32  # the last hidden state that is read
 ROPE_SCALE = 0.5  # of the rows and columns of images
 OUTPUT_LAYER = "proj_out"

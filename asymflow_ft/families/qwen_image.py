@@ -36,6 +36,7 @@ CHECKPOINTS = (("Qwen/Qwen-Image", "apache-2.0"), ("Qwen/Qwen-Image-2512", "apac
 GEOMETRY = (64, 16)  # of these: the rank, and the side of the pixel patch of a token
 TRANSFORMER = QwenImageTransformer2DModel
 TEXT_PARTS = ("text_encoder", "tokenizer")
+EXTRA_TEXT_ROWS = 0
 LATENT_PATCH = 2
 OUTPUT_LAYER = "proj_out"
 TRAINED_ENDS = ("img_in", OUTPUT_LAYER, "norm_out.linear")

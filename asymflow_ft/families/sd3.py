@@ -43,6 +43,7 @@ CHECKPOINTS = (
 GEOMETRY = (64, 16)  # of these: the rank, and the side of the pixel patch of a token
 TRANSFORMER = SD3Transformer2DModel
 TEXT_PARTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
+EXTRA_TEXT_ROWS = 1 + 77  # the pooled embedding and the CLIPs' rows, which the published tokenizers pad to 77
 OUTPUT_LAYER = "proj_out"
 TRAINED_ENDS = ("pos_embed.proj", OUTPUT_LAYER, "norm_out.linear")
 ADAPTER_CLASS = "AsymSD3Transformer2DModel"

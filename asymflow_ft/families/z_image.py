@@ -24,6 +24,7 @@ from asymflow_ft.families.base import (
     OneEncoderPipeline,
     autocast,
     build_lifted,
+    inner,
     refuse_references,
     run_stock,
     scheduler_shift,
@@ -38,7 +39,9 @@ CHECKPOINTS = (("Tongyi-MAI/Z-Image", "apache-2.0"), ("Tongyi-MAI/Z-Image-Turbo"
 GEOMETRY = (64, 16)  # of these: the rank, and the side of the pixel patch of a token
 TRANSFORMER = ZImageTransformer2DModel
 TEXT_PARTS = ("text_encoder", "tokenizer")
+EXTRA_TEXT_ROWS = 0
 LATENT_PATCH = KL_PACK
+TEXT_MULTIPLE = 32  # the network fills text up to a multiple of it
 PIXEL_PATCH = 16  # the lifted end layers carry it in their names
 OUTPUT_LAYER = f"all_final_layer.{PIXEL_PATCH}-1.linear"
 TRAINED_ENDS = (
@@ -128,12 +131,19 @@ def predict(
         (B, N, D or R), eps minus data, in the precision of `tokens`.
 
     Raises:
-        ValueError: references are given.
+        ValueError: references are given, or more text or a larger grid than the base has positions for.
     """
     refuse_references(references)
     patch = PIXEL_PATCH if tokens.shape[-1] == 3 * PIXEL_PATCH**2 else LATENT_PATCH
     images = to_image(tokens, grid, patch).unsqueeze(2)  # one frame each
     texts = [embeds[:length] for embeds, length in zip(cond.embeds, cond.lengths(), strict=True)]
+    frames, *sides = inner(transformer, ZImageTransformer2DModel).config.axes_lens  # of them text takes the first
+    rows, limit = max(map(len, texts)), (frames - 2) // TEXT_MULTIPLE * TEXT_MULTIPLE  # the image is one behind it
+    if rows > limit or any(n > most for n, most in zip(grid, sides, strict=True)):
+        raise ValueError(
+            f"{rows} rows of text and {grid[0]}x{grid[1]} patches, more than the base has positions for: {limit} and "
+            f"{sides[0]}x{sides[1]} (axes_lens); use a smaller text.max_length or resolution"
+        )
     with autocast(tokens, cond):
         out = transformer(list(images), 1 - tau, texts, patch_size=patch, return_dict=False)[0]
     return -to_tokens(torch.stack(out).squeeze(2), patch).to(tokens.dtype)

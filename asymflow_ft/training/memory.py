@@ -39,9 +39,9 @@ class Tensors:
 class MemoryPlan:
     """Bytes by item. `held` all the time of training, and the peaks that come on top of it or before it.
 
-    step: one rehearsed micro-batch. drawing: peak of drawing as many pictures as are trained on. encoding, decoding:
-    peaks of the VAE before training, its weights included. text_encoder: its weights; 0 where they are not known.
-    conditions: condition images of each image, at most.
+    step: one rehearsed micro-batch at the largest resolution. drawing: peak of drawing as many pictures as are trained
+    on, at data.resolution. encoding, decoding: peaks of the VAE before training, its weights included. text_encoder:
+    its weights; 0 where they are not known. conditions: condition images of each image, at most.
     """
 
     recipe: Recipe
@@ -207,6 +207,16 @@ def plan_memory(
     return MemoryPlan(recipe, text_encoder, tensors, step, drawing, encoding, decoding, conditions)
 
 
+def steps_by_resolution(plan: MemoryPlan, family: ModuleType, base: ModelMixin, vae: ModelMixin) -> dict[int, Step]:
+    """One micro-batch at each resolution that is trained at, data.resolution first."""
+    recipe, sides = plan.recipe, plan.recipe.data.resolutions()
+    return {
+        side: plan.step if side == max(sides) else
+        rehearse_step(recipe, family, *build_networks(recipe, family, base, vae), plan.conditions, resolution=side)
+        for side in sides
+    }  # fmt: skip
+
+
 def checkpointing_levels(recipe: Recipe, less: bool) -> list[str]:
     """Values of train.gradient_checkpointing that take less memory than the recipe's, or more; ascending in what they
     compute again. Those that the recipe allows: compiled blocks cannot be chosen from."""
@@ -257,8 +267,12 @@ def options(recipe: Recipe) -> list[tuple[str, ...]]:
         parts = 2 if train.batch_size % 2 == 0 else train.batch_size
         batch, accumulation = train.batch_size // parts, train.accumulation * parts
         found.append((f"train.batch_size={batch}", f"train.accumulation={accumulation}"))
-    if recipe.data.resolution >= 512:
-        found.append((f"data.resolution={recipe.data.resolution * 3 // 4 // 64 * 64}",))
+    resolution, largest = recipe.data.resolution, max(recipe.data.resolutions())
+    if resolution < largest:
+        smaller = ",".join(str(side) for side in recipe.data.more_resolutions if side < largest)
+        found.append((f"data.more_resolutions=[{smaller}]",))
+    elif resolution >= 512:
+        found.append((f"data.resolution={resolution * 3 // 4 // 64 * 64}",))
     if train.ema_device == "same":
         found.append(("train.ema_device=cpu",))
     if recipe.loss.perceptual != "none":

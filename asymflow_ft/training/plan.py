@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,8 @@ from asymflow_ft.families import family_of
 from asymflow_ft.families.base import INDEX, MODULAR_INDEX, load_index, transformer_on_meta, vae_on_meta
 from asymflow_ft.recipe import Data, Recipe, plain
 from asymflow_ft.textfiles import read_prompts
-from asymflow_ft.training.memory import MemoryPlan, advise, less_recomputation, plan_memory
+from asymflow_ft.training.memory import MemoryPlan, advise, less_recomputation, plan_memory, steps_by_resolution
+from asymflow_ft.training.rehearsal import Step, text_rows
 from asymflow_ft.training.trainable import diffusers_name
 
 # Sustained TFLOP/s in bf16 for the time estimate: the first from the paper's own GPU hours, the second a guess.
@@ -91,10 +92,8 @@ def dry_run(recipe: Recipe, tflops: float | None = None, card_gb: float | None =
     plan = plan_memory(recipe, family, base, vae, _text_encoders(repository), most)
     if card_gb is None and torch.cuda.is_available():
         card_gb = torch.cuda.get_device_properties(0).total_memory / 1e9
-    tokens = (data.resolution // family.pixel_patch(vae)) ** 2
-    disk = disk_need(
-        plan, repository, images + conditions, texts, tokens * family.latent_dim(vae), family.text_dim(base)
-    )
+    latents = latent_tokens(data, images, conditions, family.pixel_patch(vae)) * family.latent_dim(vae)
+    disk = disk_need(plan, repository, latents, texts * text_rows(recipe, family) * family.text_dim(base))
     limit = 80.0 if card_gb is None else card_gb
     advice = advise(plan, family, base, vae, int(limit * 1e9))
     room = card_gb or plan.card_gb or 0.0
@@ -110,15 +109,21 @@ def dry_run(recipe: Recipe, tflops: float | None = None, card_gb: float | None =
             [f"to fit {limit:.0f} GB, these keys help most: ", *(f"  {one}" for one in advice)] if advice else [],
             [] if faster is None else describe_room(plan, faster, room),
             describe_disk(disk, Path(recipe.output_dir)),
-            describe_time(plan, tflops),
+            describe_time(plan, steps_by_resolution(plan, family, base, vae), tflops),
             [
                 f"data {', '.join(part.source for part in data.parts())}: {images} images"
                 f"{f', {streamed} of them streamed' if streamed else ''}, {texts} texts to encode",
+                *(_describe_resolutions(data) if data.more_resolutions else ()),
                 *(_describe_conditions(conditions, most, bool(unseen)) if conditions else ()),
             ],
         )
         if lines
     )
+
+
+def _describe_resolutions(data: Data) -> list[str]:
+    sides = ", ".join(map(str, data.resolutions()))
+    return [f"resolutions {sides}: the figures above take every image to fill each of them; smaller ones need less"]
 
 
 def _describe_conditions(number: int, most: int, guessed: bool) -> list[str]:
@@ -209,20 +214,28 @@ def describe_room(plan: MemoryPlan, faster: MemoryPlan, card_gb: float) -> list[
     ]
 
 
-def disk_need(
-    plan: MemoryPlan, repository: Repository | None, images: int, texts: int, latent_values: int, text_dim: int
-) -> dict[str, int]:
+def latent_tokens(data: Data, images: int, conditions: int, patch: int) -> int:
+    """Tokens of all latents that a run encodes, at most: of each image at each resolution, of held-out ones at one."""
+    each = sum((side // patch) ** 2 for side in data.resolutions())
+    held_out = min(data.held_out, images)
+    beside = each if data.condition_resolution is None else (data.condition_resolution // patch) ** 2
+    return (images - held_out) * each + held_out * (data.resolution // patch) ** 2 + conditions * beside
+
+
+def disk_need(plan: MemoryPlan, repository: Repository | None, latent_values: int, text_values: int) -> dict[str, int]:
     """Bytes that a run writes, at most.
 
     Args:
-        texts: different captions and prompts. latent_values: values of one image's latents. text_dim: of an embedding.
+        latent_values: of all images. text_values: of the embeddings of all captions and prompts.
     """
-    recipe, width = plan.recipe, 2 if plan.recipe.train.precision == "bf16" else 4
+    recipe, width = plan.recipe, {"fp8": 1, "float16": 2, "float32": 4}
+    text = "fp8" if recipe.cache.text == "fp8" else "float16" if recipe.train.precision == "bf16" else "float32"
+    cached = recipe.cache.enabled
     checkpoint = 2 * plan.trained_weights + plan.optimizer  # weights, their average, moments
     need = {
         "download": 0 if repository is None else sum(repository.missing.values()),
-        "text embeddings": texts * recipe.text.max_length * text_dim * width,
-        "latents": images * latent_values * 2 if recipe.loss.variance_reduction else 0,
+        "text embeddings": text_values * width[text] if cached else 0,
+        "latents": latent_values * width[recipe.cache.latents] if cached and recipe.loss.variance_reduction else 0,
         # a new one is whole before the oldest goes
         f"checkpoints, {recipe.train.keep_checkpoints} + 1": checkpoint * (recipe.train.keep_checkpoints + 1),
         "pipeline": 0 if recipe.is_style else plan.tensors.frozen + _text_encoders(repository),
@@ -239,23 +252,27 @@ def describe_disk(need: dict[str, int], folder: Path) -> list[str]:
     ]
 
 
-def describe_time(plan: MemoryPlan, tflops: float | None) -> list[str]:
-    recipe, train, sample, step = plan.recipe, plan.recipe.train, plan.recipe.sample, plan.step
+def describe_time(plan: MemoryPlan, steps: Mapping[int, Step], tflops: float | None) -> list[str]:
+    """steps: a micro-batch at each resolution. A step draws one with its share of the entries, which are as many at
+    each where every image fills all."""
+    recipe, train, sample = plan.recipe, plan.recipe.train, plan.recipe.sample
+    flops = sum(step.flops for step in steps.values()) // len(steps)
+    forward = sum(step.forward_flops for step in steps.values()) // len(steps)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     grids = max(0, (train.steps - 1) // sample.every) if sample.every else 0
     pictures = 3 * max(sample.count, sample.judge) + grids * sample.count
     passes = 2 if sample.guidance is None or sample.guidance > 1 else 1
-    training = train.steps * train.accumulation * step.flops
-    drawing = pictures * sample.steps * passes * step.forward_flops // train.batch_size
+    training = train.steps * train.accumulation * flops
+    drawing = pictures * sample.steps * passes * steps[recipe.data.resolution].forward_flops // train.batch_size
     images = train.batch_size * train.accumulation
     passes_named = ["forward", *(["reference"] if recipe.loss.variance_reduction else []), "backward"]
     passes_named += ["recomputation"] if train.gradient_checkpointing else []
     lines = [
         f"{train.steps} steps of {train.batch_size} x {train.accumulation} images per process"
         f"{f', {images * processes} on {processes} processes' if processes > 1 else ''} -> {recipe.output_dir}",
-        f"  {step.flops * train.accumulation / 1e12:.4g} TFLOP per step and process: "
-        f"{step.flops / step.forward_flops:.2f} x a forward pass of "
-        f"{step.forward_flops / train.batch_size / 1e12:.3g} TFLOP per image (counted: {', '.join(passes_named)})",
+        f"  {flops * train.accumulation / 1e12:.4g} TFLOP per step and process"
+        f"{' on average' if len(steps) > 1 else ''}: {flops / forward:.2f} x a forward pass of "
+        f"{forward / train.batch_size / 1e12:.3g} TFLOP per image (counted: {', '.join(passes_named)})",
         f"  {pictures} pictures of {sample.steps} steps: {drawing / (training + drawing):.0%} of all arithmetic",
     ]
     for rate, what in THROUGHPUTS if tflops is None else ((tflops, "as given"),):

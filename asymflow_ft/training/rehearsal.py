@@ -132,6 +132,11 @@ def full_length() -> AbstractContextManager[Any]:
     return patch.object(Cond, "lengths", lambda cond: [cond.embeds.shape[1]] * len(cond.embeds))
 
 
+def text_rows(recipe: Recipe, family: ModuleType) -> int:
+    """Rows of a prompt's embedding, at most."""
+    return recipe.text.max_length + family.EXTRA_TEXT_ROWS
+
+
 def fake(module: nn.Module) -> nn.Module:
     """Change a module's tensors (on the meta device, say) into fake CPU ones; inside a FakeTensorMode."""
     return module._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
@@ -194,17 +199,18 @@ class Step:
 
 def rehearse_step(
     recipe: Recipe, family: ModuleType, network: ModelMixin, base: ModelMixin, subspace: PixelSubspace,
-    conditions: int = 0, wide_perceptual: bool = False,
+    conditions: int = 0, wide_perceptual: bool = False, resolution: int | None = None,
 ) -> Step:  # fmt: skip
-    """One micro-batch of the recipe at its full resolution.
+    """One micro-batch of the recipe.
 
     Args:
         conditions: condition images of each image.
         wide_perceptual: the perceptual term in float32, as on a CPU.
+        resolution: one that is trained at; None is the largest.
         network: the network to train, on the meta device; its tensors become fake. base: the latent base, likewise.
     """
     dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
-    size, side, count = subspace.config["patch"], recipe.data.resolution, recipe.train.batch_size
+    size, side, count = subspace.config["patch"], resolution or max(recipe.data.resolutions()), recipe.train.batch_size
     grid = (side // size, side // size)
     with FakeTensorMode(allow_non_fake_inputs=True), as_on_cuda(), full_length():
         for module in (network, base, subspace):
@@ -245,7 +251,7 @@ def rehearse_step(
                 return image_by_image(vgg)(image, target).float()
 
         with Meter(held) as meter:
-            embeds = torch.empty(count, recipe.text.max_length, family.text_dim(base), dtype=dtype)
+            embeds = torch.empty(count, text_rows(recipe, family), family.text_dim(base), dtype=dtype)
             z0 = torch.empty(count, grid[0] * grid[1], subspace.config["rank"])
             beside = recipe.data.condition_resolution or side
             references = (torch.empty(count, 3, beside, beside),) * conditions
@@ -279,7 +285,7 @@ def rehearse_drawing(
     mode = next(network.parameters()).fake_mode
     with mode, as_on_cuda(), full_length(), Meter([*network.parameters(), *subspace.buffers()]) as meter:
         x = torch.empty(count, side**2, 3 * size**2)
-        cond = Cond(torch.empty(count, recipe.text.max_length, family.text_dim(network), dtype=dtype))
+        cond = Cond(torch.empty(count, text_rows(recipe, family), family.text_dim(network), dtype=dtype))
         model, sigma = PixelModel(narrow_norms(network).eval(), subspace, family.predict), torch.empty(count, 1, 1)
         guided = [model.velocity(x, sigma, cond, (side, side)) for _ in range(2)]
         del guided
@@ -288,18 +294,17 @@ def rehearse_drawing(
 
 @torch.no_grad()
 def rehearse_vae(recipe: Recipe, family: ModuleType, vae: ModelMixin, count: int) -> tuple[int, int]:
-    """Peak bytes of encoding one picture in float32, and of decoding `count` in the recipe's precision, the weights of
-    the VAE (on the meta device) included."""
+    """Peak bytes of encoding one picture in float32 at the largest resolution, and of decoding `count` in the recipe's
+    precision, which are drawn at data.resolution; the weights of the VAE (on the meta device) included."""
     dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
-    side, patch = recipe.data.resolution, family.pixel_patch(vae)
-    grid = (side // patch, side // patch)
+    largest, side = max(recipe.data.resolutions()), recipe.data.resolution // family.pixel_patch(vae)
     whole, half = (nn.Module.to(copy.deepcopy(vae), kind).eval() for kind in (torch.float32, dtype))
     with FakeTensorMode(allow_non_fake_inputs=True):
         fake(whole), fake(half)
         with Meter([*whole.parameters(), *whole.buffers()]) as encoding:
             encoding.now = sum(p.nbytes for p in whole.parameters())
-            family.encode_latents(whole, torch.empty(1, 3, side, side))
+            family.encode_latents(whole, torch.empty(1, 3, largest, largest))
         with Meter([*half.parameters(), *half.buffers()]) as decoding:
             decoding.now = sum(p.nbytes for p in half.parameters())
-            family.decode_latents(half, torch.empty(count, grid[0] * grid[1], family.latent_dim(half)), grid)
+            family.decode_latents(half, torch.empty(count, side**2, family.latent_dim(half)), (side, side))
     return encoding.peak, decoding.peak

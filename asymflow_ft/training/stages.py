@@ -58,7 +58,7 @@ def prepare(recipe: Recipe, family: ModuleType, images: Images, patch: int, acce
             full disk, a damaged cache file.
     """
     folder, say = recipe.cache_folder, accelerator.print
-    resolutions = (recipe.data.resolution, *recipe.data.more_resolutions)
+    resolutions = recipe.data.resolutions()
     for side in resolutions:
         if side <= 0 or side % patch:
             raise ValueError(f"data.resolution {side} is not a multiple of the patch, {patch}")

@@ -187,6 +187,13 @@ def test_prompts_are_encoded_as_by_the_stock_pipeline(tiny):
 
 
 @torch.no_grad()
+def test_a_long_prompt_has_as_many_rows_as_are_planned(tiny):
+    """So memory and disk are planned for the most that there can be; all families cut a prompt at `max_length`."""
+    rows = next(iter(encode_texts(tiny.family, tiny.parts, ["a red apple " * LENGTH], LENGTH)))
+    assert len(rows) == LENGTH + tiny.family.EXTRA_TEXT_ROWS
+
+
+@torch.no_grad()
 def test_an_embedding_does_not_depend_on_its_batch(tiny):
     together = list(encode_texts(tiny.family, tiny.parts, [*PROMPTS, ""], LENGTH))
     for prompt, embeds in zip([*PROMPTS, ""], together, strict=True):

@@ -16,12 +16,14 @@ from asymflow_ft.data.prepare import PreparedData, make_entries
 from asymflow_ft.data.scan import Picture
 from asymflow_ft.data.source import open_source
 from asymflow_ft.families import flux2
+from asymflow_ft.training import plan
 from asymflow_ft.training.encode import encode_texts, load_text_parts
 from tests.prepare.conftest import (
     CAPTIONS,
     cache,
     noise,
     prepared_of,
+    recipe_of,
     write_table,
 )
 
@@ -97,6 +99,16 @@ def test_several_resolutions_are_cached_and_cost_what_was_said(data, tmp_path, e
     for side in ("0", "-64"):
         assert cache(data, tmp_path / "no", f"data.more_resolutions=[{side}]") == 1
         assert f"data.more_resolutions is [{side}]; it must be positive" in capsys.readouterr().err
+
+
+def test_the_plan_counts_the_latents_that_are_cached(data, tmp_path):
+    for i in range(6):
+        noise(i, (128, 128)).save(data / f"{i}.bmp")
+    keys = "data.more_resolutions=[128,64]", "data.held_out=2"
+    assert cache(data, tmp_path / "out", *keys) == 0
+    cached = [tensor for file in (tmp_path / "out/cache/latents").iterdir() for tensor in load_file(file).values()]
+    planned = plan.latent_tokens(recipe_of(data, tmp_path, *keys).data, 6, 0, 16)
+    assert sum(len(tensor) for tensor in cached) == planned == 4 * (16 + 64) + 2 * 16
 
 
 def test_unreadable_images_are_listed_and_too_many_stop_the_run(data, tmp_path, capsys):

@@ -14,7 +14,7 @@ from transformers import (
     T5Tokenizer,
 )
 
-CLIP_LENGTH = 12  # text tokens; captions longer than that are cut
+CLIP_LENGTH = 77  # text tokens, as published; captions longer than that are cut
 
 
 def strong(module: nn.Module, seed: int, gain: float = 1.0) -> nn.Module:

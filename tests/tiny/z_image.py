@@ -25,7 +25,7 @@ def build(folder: Path) -> None:
     )  # fmt: skip
     transformer = ZImageTransformer2DModel(
         dim=64, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=32, axes_dims=[8, 12, 12],
-        axes_lens=[128, 32, 32],
+        axes_lens=[1024, 32, 32],
     )  # fmt: skip
     with torch.no_grad():
         for token in (transformer.x_pad_token, transformer.cap_pad_token):  # zeros, which would hide how one pads
