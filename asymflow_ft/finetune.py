@@ -99,7 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
         if process_state().is_main_process:
             tqdm.write(f"error: {error}", file=sys.stderr)
         return 1
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not memory_is_full(error):
             raise
         tqdm.write(f"error: {out_of_memory(recipe, error)}", file=sys.stderr)

@@ -2,8 +2,6 @@
 
 import contextlib
 import re
-import signal
-import sys
 from dataclasses import replace
 
 import bitsandbytes
@@ -167,24 +165,6 @@ def test_rehearsal_holds_what_a_real_step_allocates(overrides, small, monkeypatc
     real = Allocations.peak_of_allocator
     assert max(for_cpu.network, for_cpu.perceptual) == pytest.approx(real, rel=0.02)
     assert max(for_gpu.network, for_gpu.perceptual) == pytest.approx(real, rel=0.15)
-
-
-def test_ctrl_c_ends_a_count(monkeypatch):
-    """Python drops exceptions in callbacks, and the death of each counted tensor could be one."""
-    lost = []
-    monkeypatch.setattr(sys, "unraisablehook", lost.append)
-    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
-    try:
-        for number in range(100):
-            with pytest.raises(KeyboardInterrupt), rehearsal.Meter() as meter:
-                signal.setitimer(signal.ITIMER_REAL, 1e-3 + number * 1e-5, 5)  # once more if it was lost
-                while True:
-                    torch.empty(8)
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            assert meter.peak <= 64
-    finally:
-        signal.signal(signal.SIGALRM, before)
-    assert not lost
 
 
 def test_drawing_is_planned_as_cuda_draws(small):

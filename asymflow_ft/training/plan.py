@@ -134,13 +134,13 @@ def _describe_conditions(number: int, most: int, guessed: bool) -> list[str]:
 
 
 def out_of_memory(recipe: Recipe, error: Exception) -> str:
-    """What to say after a CUDA out-of-memory error; takes some seconds."""
+    """What to say after an error of too little memory; takes some seconds."""
     family = family_of(recipe.base, recipe.revision)
     base, vae = transformer_on_meta(family, recipe.base, recipe.revision), vae_on_meta(recipe.base, recipe.revision)
     conditions = int(any(part.condition_column is not None for part in recipe.data.parts()))
     plan = plan_memory(recipe, family, base, vae, 0, conditions)
-    advice = "; ".join(map(str, advise(plan, family, base, vae))) or "none; a larger card is needed"
-    return f"{error}\nthese recipe keys would help most: {advice}"
+    advice = "; ".join(map(str, advise(plan, family, base, vae))) or "none; it takes a larger card or machine"
+    return f"{str(error) or 'out of memory'}\nthese recipe keys would help most: {advice}"
 
 
 def describe_base(recipe: Recipe, repository: Repository | None, total: int) -> list[str]:

@@ -1,4 +1,4 @@
-"""A benchmark that a signal ends leaves no folder behind."""
+"""Signals end a benchmark, which leaves no folder behind, and a count of memory."""
 
 import os
 import signal
@@ -8,8 +8,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 
 from asymflow_ft.bench.scratch import ended_by_signals
+from asymflow_ft.training.rehearsal import Meter
 from tests.conftest import REPOSITORY
 
 
@@ -60,3 +62,21 @@ def test_sigterm_ends_a_benchmark(tmp_path):
         assert bench.wait(60) == 143 and not list(tmp_path.glob("asymflow-bench-*"))
     finally:
         bench.kill()
+
+
+def test_ctrl_c_ends_a_count(monkeypatch):
+    """Python drops exceptions in callbacks, and the death of each counted tensor could be one."""
+    lost = []
+    monkeypatch.setattr(sys, "unraisablehook", lost.append)
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        for number in range(100):
+            with pytest.raises(KeyboardInterrupt), Meter() as meter:
+                signal.setitimer(signal.ITIMER_REAL, 1e-3 + number * 1e-5, 5)  # once more if it was lost
+                while True:
+                    torch.empty(8)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            assert meter.peak <= 64
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert not lost
