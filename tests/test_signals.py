@@ -26,6 +26,7 @@ def callback(_):  # where Python drops exceptions, as in a fork's
     for _ in range(1000):
         pass
 
+signal.signal(signal.{name}, signal.SIG_DFL)  # under nohup it would be ignored
 with ended_by_signals(), scratch_folder() as folder:
     (folder / "file").touch()
     held = set()
