@@ -228,14 +228,14 @@ def disk_need(plan: MemoryPlan, repository: Repository | None, latent_values: in
     Args:
         latent_values: of all images. text_values: of the embeddings of all captions and prompts.
     """
-    recipe, width = plan.recipe, {"fp8": 1, "float16": 2, "float32": 4}
-    text = "fp8" if recipe.cache.text == "fp8" else "float16" if recipe.train.precision == "bf16" else "float32"
-    cached = recipe.cache.enabled
+    recipe, cached = plan.recipe, plan.recipe.cache.enabled
+    text_width = 1 if recipe.cache.text == "fp8" else 2 if recipe.train.precision == "bf16" else 4
+    latent_width = {"fp8": 1, "float16": 2, "float32": 4}[recipe.cache.latents]
     checkpoint = 2 * plan.trained_weights + plan.optimizer  # weights, their average, moments
     need = {
         "download": 0 if repository is None else sum(repository.missing.values()),
-        "text embeddings": text_values * width[text] if cached else 0,
-        "latents": latent_values * width[recipe.cache.latents] if cached and recipe.loss.variance_reduction else 0,
+        "text embeddings": text_values * text_width if cached else 0,
+        "latents": latent_values * latent_width if cached and recipe.loss.variance_reduction else 0,
         # a new one is whole before the oldest goes
         f"checkpoints, {recipe.train.keep_checkpoints} + 1": checkpoint * (recipe.train.keep_checkpoints + 1),
         "pipeline": 0 if recipe.is_style else plan.tensors.frozen + _text_encoders(repository),
